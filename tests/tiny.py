@@ -1,0 +1,97 @@
+"""Tiny random Llamas for the tests and for `make demo`: nothing is downloaded.
+
+    python tests/tiny.py FOLDER      writes FOLDER/model (a Hugging Face checkpoint of random
+                                     weights) and FOLDER/{train,test,nq,webqs}.json[l]
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as M
+
+BOS, EOS = "<s>", "</s>"
+TINY = dict(vocab_size=258, hidden_size=32, intermediate_size=80, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
+            max_position_embeddings=1024, bos_token_id=256, eos_token_ids=(257,))
+
+
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> M.Llama:
+    """A random Llama; the weights are large enough for logits that are not all alike."""
+    torch.manual_seed(seed)
+    model = M.Llama(M.Config(**(TINY | settings)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.5 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5)
+    return model.to(dtype).eval()
+
+
+def tiny_batch(rows: list[tuple[int, int]], seed: int = 0, vocab: int = 256,
+               length: int | None = None) -> dict[str, torch.Tensor]:
+    """A right-padded batch of random tokens; one (prompt tokens, response tokens) per row."""
+    draw = torch.Generator().manual_seed(seed)
+    length = length or max(p + r for p, r in rows)
+    ids = torch.randint(vocab, (len(rows), length), generator=draw)
+    labels = torch.full_like(ids, M.IGNORE)
+    mask = torch.zeros_like(ids)
+    for i, (p, r) in enumerate(rows):
+        labels[i, p : p + r] = ids[i, p : p + r]
+        mask[i, : p + r] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 byte tokens, <s> = 256 put in front of every text, </s> = 257."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS, EOS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, 256)])
+    return tokenizer
+
+
+def write_checkpoint(folder: str | Path, seed: int = 0, **settings) -> Path:
+    """A folder that load() and transformers both read: config, weights, tokenizer."""
+    folder = Path(folder)
+    M.save(tiny_llama(seed, **settings), folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}))
+    return folder
+
+
+def write_data(folder: str | Path, seed: int = 0) -> Path:
+    """Sums in GSM8K's format, and a few questions in those of NQ-Open and WebQuestions."""
+    folder, draw = Path(folder), random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, n in (("train", 96), ("test", 8)):
+        with open(folder / f"{name}.jsonl", "w") as file:
+            for _ in range(n):
+                a, b = draw.randint(1, 9), draw.randint(1, 9)
+                row = {"question": f"{a}+{b}?",
+                       "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}
+                file.write(json.dumps(row) + "\n")
+    with open(folder / "nq.jsonl", "w") as file:
+        for q, a in (("capital of france", ["Paris"]), ("who wrote faust", ["Goethe"])):
+            file.write(json.dumps({"question": q, "answer": a}) + "\n")
+    (folder / "webqs.json").write_text(json.dumps(
+        [{"qText": "what do jamaicans speak?", "answers": ["Jamaican English", "Patois"]}]))
+    return folder
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    write_checkpoint(Path(sys.argv[1]) / "model")
+    write_data(sys.argv[1])
+    print(f"wrote a tiny Llama of random weights and four data files to {sys.argv[1]}")
