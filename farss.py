@@ -179,7 +179,7 @@ def sampled_loss(generator: torch.Generator | None = None
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        hidden, target = model.labelled(batch["input_ids"], batch["labels"])
+        hidden, _ = model.labelled(batch["input_ids"], batch["labels"])
         logits = accumulator_dtype(model.lm_head(hidden))
         p = logits.detach().softmax(-1)
         drawn = torch.multinomial(p, 1, generator=generator).squeeze(1)

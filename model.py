@@ -14,13 +14,16 @@ Shapes: b sequences, t tokens, d = hidden_size, V = vocab_size; a linear layer i
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -487,7 +490,7 @@ def attach(model: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]], scaling
         size = delta.norm().item()
         kept = W if exact else weight.to(delta.dtype) + delta
         lost[name] = ((kept - W.to(kept.dtype)).norm().item() / size) if size else 0.0
-        parent, leaf = name.rsplit(".", 1) if "." in name else ("", name)
+        parent, _, leaf = name.rpartition(".")
         adapted = LoRALinear(weight, A, B, scaling, dropout, linear.bias, exact)
         setattr(model.get_submodule(parent), leaf, adapted.train(linear.training))
     return lost
@@ -496,6 +499,63 @@ def attach(model: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]], scaling
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers by name, in the model's order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def save_adapter(path: str | Path, model: nn.Module, initial: dict[str, tuple[Tensor, Tensor]],
+                 residual: str) -> None:
+    """A, B of every adapted layer and the A0, B0 that were taken out of W at the start.
+
+    `initial` {name: (A0, B0)} is empty for methods that leave W as it is.
+    """
+    tensors = {}
+    for name, layer in adapters(model).items():
+        tensors |= {f"{name}.A": layer.A, f"{name}.B": layer.B}
+        if name in initial:
+            tensors |= {f"{name}.A0": initial[name][0], f"{name}.B0": initial[name][1]}
+        scaling = layer.scaling
+    save_tensors(path, tensors, {"scaling": repr(scaling), "residual": residual})
+
+
+def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
+                 ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Put a saved adapter on an untouched base model; returns `initial` as save_adapter takes it.
+
+    W_res is computed from W, A0 and B0 just as at the start of training, so it has the same bits.
+    Raises UserError if the file is damaged or does not fit the model.
+    """
+    tensors, meta = load_tensors(path)
+    names = [key[:-2] for key in tensors if key.endswith(".A")]
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in names:
+        A, B = tensors[f"{name}.A"], tensors.get(f"{name}.B")
+        if name not in linears or B is None:
+            raise UserError(f"{path}: adapts {name}, which the base model does not have")
+        if (B.shape[0], A.shape[1]) != tuple(linears[name].weight.shape):
+            raise UserError(f"{path}: {name} is {B.shape[0]} x {A.shape[1]}, the base model's "
+                            f"is {tuple(linears[name].weight.shape)}; wrong base model?")
+    if not names or "scaling" not in meta:
+        raise UserError(f"{path}: not an adapter written by train.py")
+    initial = {n: (tensors[f"{n}.A0"], tensors[f"{n}.B0"]) for n in names if f"{n}.A0" in tensors}
+    untouched = {n: (tensors[f"{n}.A"], torch.zeros_like(tensors[f"{n}.B"])) for n in names}
+    attach(model, untouched | initial, float(meta["scaling"]), dropout, meta["residual"])
+    with torch.no_grad():
+        for name, layer in adapters(model).items():
+            layer.A.copy_(tensors[f"{name}.A"])
+            layer.B.copy_(tensors[f"{name}.B"])
+    return initial
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Replace every LoRALinear by the one nn.Linear that acts as it does (rounded once)."""
+    for name, layer in adapters(model).items():
+        m, n = layer.weight.shape
+        linear = nn.Linear(n, m, bias=layer.bias is not None, device="meta")
+        weight = layer.merged_weight().to(layer.weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = layer.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
 
 
 # ------------------------------------------------------------------------------------- decoding
@@ -730,8 +790,6 @@ def config_of(name_or_path: str | Path) -> Config:
 @torch.no_grad()
 def save(model: Llama, folder: str | Path) -> None:
     """Write config.json and model.safetensors as Hugging Face does (a tied head is not stored)."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {f.name: getattr(model.config, f.name) for f in fields(Config)}
@@ -740,9 +798,50 @@ def save(model: Llama, folder: str | Path) -> None:
                                  else "MistralForCausalLM"],
                "hidden_act": "silu", "sliding_window": None,
                "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_json(folder / "config.json", config)
+    save_tensors(folder / "model.safetensors", dict(model.named_parameters()), {})
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes `path` on success and vanishes on failure, so
+    that a killed process never leaves half a file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: str | Path, value: dict) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with atomic(path) as temporary:
+        flat = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        try:
+            save_file(flat, temporary, metadata={"format": "pt"} | metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from None
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, on the CPU, and its metadata."""
+    try:
+        with safe_open(path, "pt") as file:
+            # clone: never keep a view of the file, which may change under us.
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or incomplete ({error})") from None
 
 
 class Tokenizer:

@@ -1,0 +1,241 @@
+"""Where each dataset comes from, the prompt, tokenising with a response mask, batching.
+
+A file is .json (one array), .jsonl, either of them gzipped, or .parquet. Training rows need a
+question and an answer under any of the names in QUESTION and ANSWER.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import IGNORE, Tokenizer, UserError, hub_download
+
+# The prompt of the official code; the response follows with no space, then EOS.
+PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+# name: (hub dataset, file, licence)
+SOURCES = {
+    "metamath": ("meta-math/MetaMathQA", "MetaMathQA-395K.json", "MIT"),
+    "gsm8k": ("openai/gsm8k", "main/train-00000-of-00001.parquet", "MIT"),
+    "gsm8k-test": ("openai/gsm8k", "main/test-00000-of-00001.parquet", "MIT"),
+    "nq_open": ("google-research-datasets/nq_open",
+                "nq_open/validation-00000-of-00001.parquet", "CC BY-SA 3.0"),
+    "webqs": ("stanfordnlp/web_questions", "data/test-00000-of-00001.parquet", "CC BY 4.0"),
+}
+TASKS = {"math": "metamath"}  # task: what it trains on unless --data says otherwise
+
+QUESTION = ("query", "question", "instruction", "qText")
+ANSWER = ("response", "answer", "output", "answers")
+
+
+class Row(NamedTuple):
+    """One line of a dataset: its fields, and where it stands (`file:line`) for messages."""
+
+    fields: dict
+    where: str
+
+    def get(self, names: Sequence[str], kind: type | tuple[type, ...] = str):
+        """The first of the fields `names` that is there, which must be of type `kind`."""
+        for name in names:
+            if name in self.fields:
+                value = self.fields[name]
+                if not isinstance(value, kind) or not value:
+                    raise UserError(f"{self.where}: field {name!r} is {str(value)[:40]!r}, "
+                                    "which cannot be used")
+                return value
+        raise UserError(f"{self.where}: no field {' / '.join(map(repr, names))}; there are "
+                        + ", ".join(map(repr, list(self.fields)[:8])))
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def read_rows(name_or_path: str) -> list[Row]:
+    """All rows of a dataset of SOURCES (by download) or of a local file.
+
+    Raises UserError for an unknown name, a missing, unreadable or empty file; a malformed line
+    is named by file and line number.
+    """
+    if name_or_path in SOURCES and not Path(name_or_path).exists():
+        repo, file, _ = SOURCES[name_or_path]
+        path = hub_download(repo, file, repo_type="dataset")
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, and not one of the datasets "
+                            + ", ".join(SOURCES))
+    rows = list(read_file(path))
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return rows
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        yield from read_parquet(path)
+        return
+    if not name.endswith((".json", ".jsonl")):
+        raise UserError(f"{path}: not a .json, .jsonl, .parquet or .gz of the first two")
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            if name.endswith(".jsonl"):
+                numbered = ((i, line) for i, line in enumerate(file, 1) if line.strip())
+                yield from (parse(line, f"{path}:{i}") for i, line in numbered)
+                return
+            rows = json.load(file)
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable ({error})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: holds a {type(rows).__name__}, not an array of rows")
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: row {i} is a {type(row).__name__}, not an object")
+        yield Row(row, f"{path}: row {i}")
+
+
+def parse(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a {type(row).__name__}, not an object")
+    return Row(row, where)
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: this dataset is published as parquet; run "
+                        "`pip install pyarrow`") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise UserError(f"{path}: not readable as parquet ({error})") from None
+    for i, row in enumerate(table.to_pylist(), 1):
+        yield Row(row, f"{path}: row {i}")
+
+
+# ------------------------------------------------------------------------------ training examples
+
+
+class Example(NamedTuple):
+    """Token ids of prompt + response + EOS, and how many of them are the prompt."""
+
+    ids: list[int]
+    prompt: int
+
+
+def metamath_answer(answer: str) -> str:
+    """A GSM8K answer as MetaMathQA writes it: without <<calculator>> marks, ending in
+    "The answer is: N", the line that the paper's scoring looks for. Others pass unchanged.
+    """
+    found = re.search(r"\n#### (.+)\s*$", answer)
+    if not found:
+        return answer
+    return re.sub(r"<<.*?>>", "", answer).rstrip() + f"\nThe answer is: {found[1].strip()}"
+
+
+def question_and_response(row: Row) -> tuple[str, str]:
+    return row.get(QUESTION), metamath_answer(row.get(ANSWER))
+
+
+def tokenise(tokenizer: Tokenizer, question: str, response: str, max_length: int) -> Example | None:
+    """The training sequence, cut after max_length tokens; None if no response token is left.
+
+    The prompt's length is that of the prompt tokenised alone, as in the official code.
+    """
+    prompt = PROMPT.format(instruction=question)
+    ids = [*tokenizer.encode(prompt + response), tokenizer.eos_id][:max_length]
+    length = len(tokenizer.encode(prompt))
+    return Example(ids, length) if length < len(ids) else None
+
+
+def draw(n: int, k: int, seed: int) -> list[int]:
+    """k of n indices without repetition, in random order, the same for the same seed."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k].tolist()
+
+
+@dataclass
+class TrainingSet:
+    examples: list[Example]
+    dropped: int  # rows with no response token left after truncation
+    sha256: str  # of the chosen questions and answers, so that a resumed run can tell
+
+
+def training_set(rows: list[Row], tokenizer: Tokenizer, examples: int, max_length: int,
+                 seed: int) -> TrainingSet:
+    """`examples` rows chosen at random (all, if there are fewer), tokenised.
+
+    Raises UserError if no row has a response token within max_length.
+    """
+    digest, kept, dropped = hashlib.sha256(), [], 0
+    chosen = draw(len(rows), examples, seed)
+    for i in tqdm(chosen, desc="tokenising", leave=False, disable=None, delay=2):
+        question, response = question_and_response(rows[i])
+        digest.update(json.dumps([question, response]).encode())
+        example = tokenise(tokenizer, question, response, max_length)
+        if example is None:
+            dropped += 1
+        else:
+            kept.append(example)
+    if not kept:
+        raise UserError(f"no row has a response token within {max_length} tokens; "
+                        "raise --max-length")
+    return TrainingSet(kept, dropped, digest.hexdigest())
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """input_ids, attention_mask, labels (b, t), padded on the right; loss on the response only."""
+    t = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), t, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+    for i, (tokens, prompt) in enumerate(examples):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        labels[i, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
+        mask[i, : len(tokens)] = 1
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int,
+                  window: int = 50) -> list[list[int]]:
+    """Every index once, in random batches of examples of similar length.
+
+    Shuffled, sorted by length within windows of `window` batches, cut into batches, and the
+    batches shuffled again: padding is small and the order stays random. A function of its
+    arguments alone, so a resumed run finds its place by the number of steps.
+    """
+    order = draw(len(lengths), len(lengths), seed * 1_000_003 + epoch)
+    size = batch_size * window
+    batches = []
+    for start in range(0, len(order), size):
+        near = sorted(order[start : start + size], key=lambda i: -lengths[i])
+        batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+    shuffled = draw(len(batches), len(batches), seed * 1_000_003 + epoch + 500_000)
+    return [batches[i] for i in shuffled]
+
+
+def batches_by_length(items: Iterable, length, batch_size: int) -> list[list]:
+    """Lists of at most batch_size items, longest first, so that memory trouble shows at once."""
+    ordered = sorted(items, key=length, reverse=True)
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]

@@ -1,0 +1,440 @@
+"""Score a model or a run on the paper's benchmarks; K, T and KT (Eq. 36-38).
+
+    python eval.py runs/NAME                    a run of train.py, against its base model's results
+    python eval.py smollm2-135m                 the untouched model (a short name, hub id, folder)
+    python eval.py --table runs/A runs/B        one table of finished results, nothing is run
+
+Writes results.json, and eval/BENCHMARK.jsonl with every prompt, output and verdict, into the run's
+folder, for an untouched model into runs/<model>-base.
+
+Benchmarks (knowledge: nq_open, webqs; task math: gsm8k), each by the paper's protocol:
+    gsm8k    the training prompt + " Let's think step by step.", greedy, number after the last
+             "The answer is: "; also the mean loss of the reference answers (nats per token)
+    nq_open  zero-shot, greedy up to "\\n", "." or ",", exact match with any answer (lm_eval)
+    webqs    right when every token of some answer is the model's first choice (lm_eval)
+"""
+
+import argparse
+import json
+import math
+import re
+import string
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import model as M
+import train
+
+KNOWLEDGE = ("nq_open", "webqs")
+TASK = {"math": ("gsm8k",)}
+SOURCE = {"gsm8k": "gsm8k-test", "nq_open": "nq_open", "webqs": "webqs"}
+
+# Printed scores (%) of the untouched and the fully fine-tuned models: Tables 2a and 10.
+PAPER = {
+    ("llama2-7b", "math"): (dict(nq_open=14.99, webqs=5.86), dict(gsm8k=50.19)),
+    ("mistral-7b-v0.3", "math"): (dict(nq_open=20.53, webqs=8.46), dict(gsm8k=67.55)),
+    ("llama3-8b", "math"): (dict(nq_open=13.71, webqs=13.73), dict(gsm8k=77.78)),
+    ("llama2-13b", "math"): (dict(nq_open=23.66, webqs=11.42), dict(gsm8k=64.67)),
+}
+
+# ----------------------------------------------------------------------------- Eq. 36-38 and Avg
+
+
+def mean_ratio(scores: dict[str, float], reference: dict[str, float]) -> float:
+    if scores.keys() != reference.keys() or not scores:
+        raise M.UserError(f"scores of {sorted(scores)} cannot be compared with scores of "
+                          f"{sorted(reference)}")
+    if not all(reference.values()):
+        return math.nan
+    return sum(scores[b] / reference[b] for b in scores) / len(scores)
+
+
+def knowledge_score(after: dict[str, float], before: dict[str, float]) -> float:
+    """Eq. 36: K = mean over the world-knowledge benchmarks of score after / before fine-tuning.
+
+    Undefined (NaN) where a score before is 0; UserError unless both have the same benchmarks.
+    """
+    return mean_ratio(after, before)
+
+
+def task_score(tuned: dict[str, float], full: dict[str, float]) -> float:
+    """Eq. 37: T = mean over the task benchmarks of score / score of full fine-tuning.
+
+    Undefined (NaN) where full fine-tuning has 0; UserError unless both have the same benchmarks.
+    """
+    return mean_ratio(tuned, full)
+
+
+def harmonic_mean(K: float, T: float) -> float:
+    """Eq. 38: KT = 2 K T / (K + T); 0 if both are 0, NaN if either is undefined."""
+    return 0.0 if K == T == 0 else 2 * K * T / (K + T)
+
+
+# ------------------------------------------------------------------------------------- scoring
+
+
+def cut(text: str, stops: Iterable[str]) -> str:
+    """What stands before the first of the stop strings."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
+
+
+def number_after_marker(text: str) -> str | None:
+    """What follows the last "The answer is: ", stripped; None without the marker."""
+    _, marker, after = text.rpartition("The answer is: ")
+    return after.strip() if marker else None
+
+
+def gsm8k_strict(answer: str | None, gold: str) -> bool:
+    """The first number in the answer is exactly the gold number.
+
+    Thousands separators and a leading $ are read; a fraction counts as its value.
+    """
+    found = re.search(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+(?:\.\d+)?)?", answer or "")
+    if not found:
+        return False
+    over, _, under = found[0].replace(",", "").partition("/")
+    denominator = Fraction(under.strip() or "1")
+    return denominator != 0 and (Fraction(over.strip()) / denominator
+                                 == Fraction(gold.replace(",", "")))
+
+
+def gsm8k_official(answer: str | None, gold: str) -> bool:
+    """The rule of the official code, which rounds to a whole number and takes answers that are
+    100 times too large or too small, or off by 0.01 %, for right."""
+    found = re.search(r"[\-+]?\d*[\.,/]?\d+", answer or "")
+    if not found:
+        return False
+    text = found[0]
+    if "/" in text:
+        over, under = text.split("/")
+        # A denominator "0" alone gives the numerator; "00" would crash the official script.
+        value = float(over or 0) if not float(under) else float(Fraction(over) / Fraction(under))
+    else:
+        value = float(text.replace(",", ""))
+    predicted, right = round(value), int(gold.replace(",", ""))
+    return any(math.isclose(predicted, right * factor, rel_tol=1e-4) for factor in (1, 0.01, 100))
+
+
+ARTICLES = re.compile(r"\b(?:The |the |An |A |The |a |an )")
+
+
+def exact_match(text: str, answers: Iterable[str], articles: bool = True) -> bool:
+    """lm_eval's exact_match with ignore_case and ignore_punctuation, against any answer.
+
+    `articles` also deletes them first, wherever they stand (nq_open's rule); before lower-casing,
+    so that "THE " stays. Leading white space of the output is ignored, trailing is not.
+    """
+
+    def normal(s: str) -> str:
+        s = ARTICLES.sub("", s) if articles else s
+        return s.lower().translate(str.maketrans("", "", string.punctuation))
+
+    return normal(text.lstrip()) in {normal(a) for a in answers}
+
+
+def without_extensions(answers: Iterable[str]) -> list[str]:
+    """Sorted answers without those that begin with the one kept before: lm_eval's webqs rule."""
+    kept: list[str] = []
+    for answer in sorted(answers):
+        if not kept or not answer.startswith(kept[-1]):
+            kept.append(answer)
+    return kept
+
+
+# ------------------------------------------------------------------------------------ benchmarks
+
+
+@dataclass
+class Evaluator:
+    """A model with its tokenizer and the settings of an evaluation."""
+
+    model: M.Llama
+    tokenizer: M.Tokenizer
+    batch_size: int = 16
+    max_new_tokens: int | None = None  # None: the protocol's own
+    bos: str = "harness"  # harness: lm_eval's rule; always; never
+    scoring: str = "strict"
+
+    def harness_bos(self) -> bool:
+        """lm_eval encodes without BOS, except for Gemma."""
+        if self.bos == "harness":
+            return self.model.config.model_type.startswith("gemma")
+        return self.bos == "always"
+
+    def complete(self, prompts: list[str], limit: int, stops: tuple[str, ...], bos: bool,
+                 desc: str) -> list[str]:
+        """Greedy completions, cut at the first stop string, in the order of the prompts."""
+        ids = [self.tokenizer.encode(p, bos) for p in prompts]
+        out = [""] * len(prompts)
+        batches = data.batches_by_length(range(len(ids)), lambda i: len(ids[i]), self.batch_size)
+
+        def stop(new: list[int]) -> bool:
+            text = self.tokenizer.decode(new)
+            return any(s in text for s in stops)
+
+        for batch in tqdm(batches, desc=desc, leave=False, disable=None):
+            new = M.generate(self.model, [ids[i] for i in batch], self.max_new_tokens or limit,
+                             self.tokenizer.eos_ids, stop)
+            for i, tokens in zip(batch, new, strict=True):
+                out[i] = cut(self.tokenizer.decode(tokens), stops)
+        return out
+
+    def gsm8k(self, rows: list[data.Row]) -> tuple[list[dict], dict]:
+        stops = ("Instruction:", "Instruction", "Response:", "Response")
+        ask = " Let's think step by step."
+        prompts = [data.PROMPT.format(instruction=r.get(data.QUESTION)) + ask for r in rows]
+        judge = gsm8k_official if self.scoring == "official" else gsm8k_strict
+        outputs = self.complete(prompts, 1024, stops, True, "gsm8k")
+        records = []
+        for row, prompt, output in zip(rows, prompts, outputs, strict=True):
+            gold = row.get(data.ANSWER).rpartition("#### ")[2].strip()
+            answer = number_after_marker(output)
+            records.append({"prompt": prompt, "output": output, "extracted": answer,
+                            "gold": gold, "correct": judge(answer, gold)})
+        return records, {"answer_loss": self.answer_loss(rows)}
+
+    @torch.inference_mode()
+    def answer_loss(self, rows: list[data.Row]) -> float:
+        """Mean loss (nats per token) of the reference answers under the training prompt."""
+        examples = [data.tokenise(self.tokenizer, *data.question_and_response(r), 512)
+                    for r in rows]
+        total, count = 0.0, 0
+        kept = [e for e in examples if e]
+        for batch in tqdm(data.batches_by_length(kept, lambda e: len(e.ids), 8),
+                          desc="answer loss", leave=False, disable=None):
+            nll, n = self.model.loss(**data.collate(batch, self.model.lm_head.weight.device))
+            total, count = total + nll.item(), count + n
+        return total / count
+
+    def nq_open(self, rows: list[data.Row]) -> tuple[list[dict], dict]:
+        prompts = [f"Answer these questions:\n\nQ: {r.get(data.QUESTION)}?\nA:" for r in rows]
+        outputs = self.complete(prompts, 256, ("\n", ".", ","), self.harness_bos(), "nq_open")
+        return [{"prompt": p, "output": o, "gold": r.get(data.ANSWER, list),
+                 "correct": exact_match(o, r.get(data.ANSWER, list))}
+                for r, p, o in zip(rows, prompts, outputs, strict=True)], {}
+
+    @torch.inference_mode()
+    def webqs(self, rows: list[data.Row]) -> tuple[list[dict], dict]:
+        records, pairs = [], []
+        for i, row in enumerate(rows):
+            prompt = f"Question: {row.get(data.QUESTION)}\nAnswer:"
+            answers = without_extensions(row.get(data.ANSWER, list))
+            records.append({"prompt": prompt, "gold": answers, "matched": []})
+            length = len(self.tokenizer.encode(prompt, self.harness_bos()))
+            for answer in answers:
+                whole = self.tokenizer.encode(f"{prompt} {answer}", self.harness_bos())
+                pairs.append((i, answer, data.Example(whole, length)))
+        batches = data.batches_by_length(pairs, lambda p: len(p[2].ids), 4 * self.batch_size)
+        for batch in tqdm(batches, desc="webqs", leave=False, disable=None):
+            inputs = data.collate([p[2] for p in batch], self.model.lm_head.weight.device)
+            hidden, target = self.model.labelled(inputs["input_ids"], inputs["labels"])
+            hit = (self.model.lm_head(hidden).argmax(-1) == target).tolist()
+            for i, answer, example in batch:
+                n = len(example.ids) - example.prompt
+                here, hit = hit[:n], hit[n:]
+                if all(here):
+                    records[i]["matched"].append(answer)
+        for record in records:
+            record["correct"] = bool(record["matched"])
+        return records, {}
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+def load_target(target: str, dtype: str | None, device: str | None
+                ) -> tuple[M.Llama, M.Tokenizer, Path, dict]:
+    """(model, tokenizer, where its results go, what it is) of a run folder or a model.
+
+    Adapters are merged in fp32; in bf16 they stay apart, since rounding the merged weight can
+    lose what training changed.
+    """
+    run = Path(target)
+    if not (run / "config.json").exists() or "settings" not in M.read_json(run / "config.json"):
+        folder = M.fetch(target)
+        model = M.load(folder, train.DTYPES.get(dtype), device)
+        about = {"model": target, "method": "base", "task": None, "seed": None}
+        home = Path("runs") / f"{train.model_name(target)}-base"
+        return model, M.Tokenizer(folder, model.config), home, about
+    s, config = train.read_run(run)
+    if not train.finished(run):
+        raise M.UserError(f"{run} is not finished; go on with: python train.py --resume {run}")
+    about = {k: getattr(s, k) for k in ("model", "method", "task", "seed")}
+    about |= {"settings": asdict(s), "trained_with": {k: v for k, v in config.items()
+                                                      if k != "settings"}}
+    folder = run / "model" if s.method == "full" else M.fetch(s.model)
+    model = M.load(folder, train.DTYPES.get(dtype), device)
+    if s.method == "full":
+        about["trainable"] = sum(p.numel() for p in model.parameters())
+    else:
+        M.load_adapter(model, run / "adapter.safetensors")
+        about["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if model.lm_head.weight.dtype == torch.float32:
+            M.merge(model)
+    return model, M.Tokenizer(folder, model.config), run, about
+
+
+def read_results(path: str | Path) -> dict:
+    """results.json of a run folder, or of the file itself."""
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    results = M.read_json(path)
+    if not isinstance(results.get("benchmarks"), dict):
+        raise M.UserError(f"{path}: not a results.json of eval.py")
+    return results
+
+
+def reference(results: dict, source: str, which: int, benchmarks: tuple[str, ...]
+              ) -> dict[str, float] | None:
+    """Scores to divide by: the paper's (`which` 0: origin, 1: full), or those of a results file,
+    which must come from the same questions under the same settings."""
+    if source == "paper":
+        row = PAPER.get((results["model"], results["task"] or "math"))
+        if row is None:
+            raise M.UserError(f"the paper prints no scores of {results['model']} for "
+                              f"{results['task']}; give a results file")
+        if any(results["benchmarks"][b]["limit"] for b in benchmarks):
+            print("note: the paper's scores are of all questions, these of the first few")
+        return {b: row[which][b] for b in benchmarks}
+    other = read_results(source)["benchmarks"]
+    for b in benchmarks:
+        mine = results["benchmarks"][b]
+        if b not in other:
+            raise M.UserError(f"{source}: has no {b}")
+        for key in ("n", "scoring", "bos", "max_new_tokens"):
+            if other[b].get(key) != mine.get(key):
+                raise M.UserError(f"{source}: its {b} has {key} {other[b].get(key)}, this one "
+                                  f"{mine.get(key)}; the two cannot be compared")
+    return {b: other[b]["score"] for b in benchmarks}
+
+
+def summarise(results: dict, base: str | None, full: str | None) -> dict[str, float | None]:
+    """K, T, KT where their references are given, and Avg, for results.json."""
+    scores = {b: r["score"] for b, r in results["benchmarks"].items()}
+    known = tuple(b for b in KNOWLEDGE if b in scores)
+    task = tuple(b for b in TASK[results["task"] or "math"] if b in scores)
+    summary: dict[str, float | None] = {"Avg": sum(scores.values()) / len(scores)}
+    if base and known:
+        summary["K"] = knowledge_score({b: scores[b] for b in known},
+                                       reference(results, base, 0, known))
+    if full and task:
+        summary["T"] = task_score({b: scores[b] for b in task}, reference(results, full, 1, task))
+    if "K" in summary and "T" in summary:
+        summary["KT"] = harmonic_mean(summary["K"], summary["T"])
+    return {k: None if math.isnan(v) else v for k, v in summary.items()}
+
+
+def table(runs: list[dict]) -> Iterable[str]:
+    """One row per result; a score whose reference is 0 is "undefined"."""
+    benchmarks = list(dict.fromkeys(b for r in runs for b in r["benchmarks"]))
+    has_loss = any("answer_loss" in b for r in runs for b in r["benchmarks"].values())
+    columns = [*benchmarks, *(["answer loss"] if has_loss else []), "Avg", "K", "T", "KT"]
+    yield f"{'method':10}{'trainable':>11}" + "".join(f"{c:>13}" for c in columns)
+    for r in runs:
+        cells = [f"{r['benchmarks'][b]['score']:.2f}" if b in r["benchmarks"] else "-"
+                 for b in benchmarks]
+        if has_loss:
+            loss = r["benchmarks"].get("gsm8k", {}).get("answer_loss")
+            cells.append("-" if loss is None else f"{loss:.4f}")
+        for k in ("Avg", "K", "T", "KT"):
+            value = r["summary"].get(k, "-")
+            cells.append("undefined" if value is None else value if value == "-" else
+                         f"{value:.2f}")
+        count = f"{r['trainable'] / 1e6:.2f}M" if r.get("trainable") else "-"
+        yield f"{r['method']:10}{count:>11}" + "".join(f"{c:>13}" for c in cells)
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = train.Parser(description=__doc__, allow_abbrev=False,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="?", help="run folder, short name, hub id, model folder")
+    parser.add_argument("--benchmarks", default="gsm8k,nq_open,webqs", help="default %(default)s")
+    parser.add_argument("--data", nargs="+", default=[], metavar="NAME=FILE", help="local files, "
+                        "for example --data gsm8k=test.jsonl (default: from the hub)")
+    parser.add_argument("--limit", type=int, help="only the first questions of each benchmark")
+    parser.add_argument("--batch-size", type=int, default=16, help="default %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, help="instead of the protocol's own "
+                        "(gsm8k 1024, nq_open 256)")
+    parser.add_argument("--bos", choices=("harness", "always", "never"), default="harness",
+                        help="BOS before knowledge questions; harness: none, as lm_eval "
+                        "(but on Gemma); default %(default)s")
+    parser.add_argument("--scoring", choices=("strict", "official"), default="strict",
+                        help="gsm8k: exact numbers, or the official code's lenient rule; "
+                        "default %(default)s")
+    parser.add_argument("--base-results", metavar="paper|FILE|RUN", help="scores before fine-"
+                        "tuning, for K (default: runs/<model>-base, if it is there)")
+    parser.add_argument("--full-results", metavar="paper|FILE|RUN", help="scores of full fine-"
+                        "tuning, for T")
+    parser.add_argument("--dtype", choices=tuple(train.DTYPES))
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--table", nargs="+", metavar="RUN", help="print a table of finished "
+                        "results and stop")
+    args = parser.parse_args(argv)
+    if (args.target is None) == (args.table is None):
+        parser.error("give one run or model, or --table RUN ...")
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    args.benchmarks = args.benchmarks.split(",")
+    unknown = [b for b in args.benchmarks if b not in SOURCE]
+    if unknown:
+        parser.error(f"--benchmarks {unknown[0]}: there are {', '.join(SOURCE)}")
+    args.data = dict(item.partition("=")[::2] for item in args.data)
+    wrong = [n for n, file in args.data.items() if n not in SOURCE or not file]
+    if wrong:
+        parser.error(f"--data {wrong[0]}: write NAME=FILE with NAME one of {', '.join(SOURCE)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.table:
+        print("\n".join(table([read_results(run) for run in args.table])))
+        return
+    rows = {b: data.read_rows(args.data.get(b, SOURCE[b]))[: args.limit] for b in args.benchmarks}
+    model, tokenizer, home, about = load_target(args.target, args.dtype, args.device)
+    # A run is compared with its base model's results where they are.
+    base = Path("runs") / f"{train.model_name(about['model'])}-base"
+    base = args.base_results or (str(base) if (base / "results.json").exists() else None)
+    out = args.out or home
+    (out / "eval").mkdir(parents=True, exist_ok=True)
+    evaluator = Evaluator(model, tokenizer, args.batch_size, args.max_new_tokens, args.bos,
+                          args.scoring)
+    results = about | {"benchmarks": {}, "dtype": str(model.lm_head.weight.dtype),
+                       "batch_size": args.batch_size} | train.provenance()
+    for benchmark in args.benchmarks:
+        began = time.perf_counter()
+        records, more = getattr(evaluator, benchmark)(rows[benchmark])
+        with M.atomic(out / "eval" / f"{benchmark}.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps({"id": i} | r) + "\n"
+                                         for i, r in enumerate(records)))
+        correct = sum(r["correct"] for r in records)
+        settings = {"bos": args.bos, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
+                    "scoring": args.scoring if benchmark == "gsm8k" else None}
+        results["benchmarks"][benchmark] = {
+            "score": 100 * correct / len(records), "correct": correct, "n": len(records), **more,
+            "seconds": round(time.perf_counter() - began, 1), **settings}
+        print(f"{benchmark:8} {correct} of {len(records)} right"
+              + "".join(f", {k.replace('_', ' ')} {v:.4f}" for k, v in more.items())
+              + f" ({results['benchmarks'][benchmark]['seconds']:.0f} s)")
+    is_base = about["method"] == "base"
+    results["summary"] = summarise(results, None if is_base else base, args.full_results)
+    M.save_json(out / "results.json", results)
+    print("\n".join(table([results])))
+
+
+if __name__ == "__main__":
+    train.run_main(main)
