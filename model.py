@@ -513,7 +513,8 @@ def save_adapter(path: str | Path, model: nn.Module, initial: dict[str, tuple[Te
         if name in initial:
             tensors |= {f"{name}.A0": initial[name][0], f"{name}.B0": initial[name][1]}
         scaling = layer.scaling
-    save_tensors(path, tensors, {"scaling": repr(scaling), "residual": residual})
+    save_tensors(path, tensors, {"adapter": json.dumps({"scaling": scaling,
+                                                        "residual": residual})})
 
 
 def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
@@ -533,11 +534,12 @@ def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
         if (B.shape[0], A.shape[1]) != tuple(linears[name].weight.shape):
             raise UserError(f"{path}: {name} is {B.shape[0]} x {A.shape[1]}, the base model's "
                             f"is {tuple(linears[name].weight.shape)}; wrong base model?")
-    if not names or "scaling" not in meta:
+    if not names or "adapter" not in meta:
         raise UserError(f"{path}: not an adapter written by train.py")
+    how = json.loads(meta["adapter"])
     initial = {n: (tensors[f"{n}.A0"], tensors[f"{n}.B0"]) for n in names if f"{n}.A0" in tensors}
     untouched = {n: (tensors[f"{n}.A"], torch.zeros_like(tensors[f"{n}.B"])) for n in names}
-    attach(model, untouched | initial, float(meta["scaling"]), dropout, meta["residual"])
+    attach(model, untouched | initial, how["scaling"], dropout, how["residual"])
     with torch.no_grad():
         for name, layer in adapters(model).items():
             layer.A.copy_(tensors[f"{name}.A"])
@@ -799,7 +801,7 @@ def save(model: Llama, folder: str | Path) -> None:
                "hidden_act": "silu", "sliding_window": None,
                "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
     save_json(folder / "config.json", config)
-    save_tensors(folder / "model.safetensors", dict(model.named_parameters()), {})
+    save_tensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
 
 
 @contextmanager
@@ -823,10 +825,12 @@ def save_json(path: str | Path, value: dict) -> None:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file. Give one metadata entry: several are written in random order, and
+    then equal runs do not leave equal files."""
     with atomic(path) as temporary:
         flat = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         try:
-            save_file(flat, temporary, metadata={"format": "pt"} | metadata)
+            save_file(flat, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: could not be written ({error})") from None
 

@@ -1,0 +1,165 @@
+"""data.py: files, prompts, response masks, batches."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from tiny import byte_tokenizer
+
+import data
+import model as M
+
+ROWS = [{"question": f"{i}+1?", "answer": f"<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
+        for i in range(30)]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    return M.Tokenizer(tmp_path, M.Config(258, 8, 8, 1, 1, 1, 8, eos_token_ids=(257,)))
+
+
+def write(path, rows):
+    text = (json.dumps(rows) if ".json" in path.suffixes
+            else "".join(json.dumps(r) + "\n\n" for r in rows))  # blank lines are no rows
+    if path.name.endswith("parquet"):
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif path.name.endswith("gz"):
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "a.parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    rows = data.read_rows(write(tmp_path / name, ROWS))
+    assert [r.fields for r in rows] == ROWS
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.jsonl", '{"question": "q", "answer": "a"}\n{"question": \n', "a.jsonl:2: not valid JSON"),
+    ("a.jsonl", '{"question": "q"}\n[1]\n', "a.jsonl:2: a list"),
+    ("a.json", '[{"question": "q"}, 3]', "row 2 is a int"),
+    ("a.json", '{"question": "q"}', "not an array"),
+    ("a.json", '[{"question": "q"', "not readable"),
+    ("a.json", "[]", "holds no rows"),
+    ("a.jsonl", "", "holds no rows"),
+    ("a.csv", "question,answer", "not a .json"),
+    ("a.parquet", "PAR1 nonsense", "not readable as parquet"),
+    ("a.jsonl.gz", "not gzip", "not readable"),
+    ("a.jsonl", b"\xff\xfe", "not readable"),
+])
+def test_a_bad_file_is_one_line_that_names_it(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(M.UserError, match=r"^[^\n]*$") as error:
+        data.read_rows(str(tmp_path / name))
+    assert says in str(error.value) and name in str(error.value)
+
+
+def test_a_truncated_gzip_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    write(path, ROWS)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(M.UserError, match="not readable"):
+        data.read_rows(str(path))
+
+
+def test_missing_file_and_unknown_name():
+    with pytest.raises(M.UserError, match="no such file, and not one of the datasets metamath"):
+        data.read_rows("gsm9k")
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"question": "q"}, "a.jsonl:7: no field 'response' / 'answer'"),
+    ({"question": "q", "answer": 3}, "'answer' is '3'"),
+    ({"question": "", "answer": "a"}, "'question' is ''"),
+])
+def test_a_row_without_question_or_answer_is_named(fields, says):
+    with pytest.raises(M.UserError, match=says.replace("/", ".")):
+        data.question_and_response(data.Row(fields, "a.jsonl:7"))
+
+
+def test_metamath_and_gsm8k_columns():
+    row = data.Row({"query": "Q", "response": "R", "original_question": "O"}, "x")
+    assert data.question_and_response(row) == ("Q", "R")
+    gsm = "Half is <<48/2=24>>24.\nAll 48+24 = <<48+24=72>>72.\n#### 72"
+    assert data.metamath_answer(gsm) == "Half is 24.\nAll 48+24 = 72.\n#### 72\nThe answer is: 72"
+    assert data.metamath_answer("so it is 3\nThe answer is: 3") == "so it is 3\nThe answer is: 3"
+
+
+def test_the_official_prompt_byte_for_byte():
+    assert data.PROMPT.format(instruction="2+2?") == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\n2+2?\n\n### Response:")
+
+
+def test_sequence_is_bos_prompt_response_eos_with_loss_on_the_response(tokenizer):
+    example = data.tokenise(tokenizer, "2+2?", "It is 4", 512)
+    prompt = data.PROMPT.format(instruction="2+2?")
+    assert example.ids[0] == 256 and example.ids[-1] == 257
+    assert tokenizer.decode(example.ids) == prompt + "It is 4"  # no space between
+    batch = data.collate([example, data.tokenise(tokenizer, "1?", "x" * 40, 512)])
+    labelled = batch["labels"][0] != M.IGNORE
+    assert tokenizer.decode(batch["input_ids"][0][labelled].tolist()) == "It is 4"
+    assert batch["labels"][0][labelled][-1] == 257
+    assert batch["attention_mask"][0].sum() == len(example.ids)
+    assert not labelled[batch["attention_mask"][0] == 0].any()
+
+
+def test_truncation_keeps_what_fits_and_drops_rows_without_response(tokenizer):
+    length = 1 + len(data.PROMPT.format(instruction="q"))  # BOS and one token a byte
+    assert len(data.tokenise(tokenizer, "q", "abc", length + 2).ids) == length + 2
+    assert data.tokenise(tokenizer, "q", "abc", length + 1).ids[-1] != 257
+    assert data.tokenise(tokenizer, "q", "abc", length) is None
+    rows = [data.Row({"question": "q" * (1 + 50 * (i % 3 == 0)), "answer": "abc"}, f"{i}")
+            for i in range(9)]
+    chosen = data.training_set(rows, tokenizer, 100, length + 2, seed=0)
+    assert len(chosen.examples) == 6 and chosen.dropped == 3
+    with pytest.raises(M.UserError, match="no row has a response token within 5 tokens"):
+        data.training_set(rows, tokenizer, 100, 5, seed=0)
+
+
+def test_examples_are_a_seeded_draw_without_repetition(tokenizer):
+    rows = [data.Row(r, f"{i}") for i, r in enumerate(ROWS)]
+
+    def texts(seed):
+        chosen = data.training_set(rows, tokenizer, 10, 512, seed).examples
+        return [tokenizer.decode(e.ids) for e in chosen]
+
+    assert texts(0) == texts(0) and len(set(texts(0))) == 10
+    assert texts(0) != texts(1)
+    same, other = (data.training_set(rows, tokenizer, 10, 512, s).sha256 for s in (0, 1))
+    assert same == data.training_set(rows, tokenizer, 10, 512, 0).sha256 != other
+
+
+@pytest.mark.parametrize("n, size", [(1, 16), (16, 16), (1000, 16), (1003, 16), (7, 1)])
+def test_an_epoch_visits_every_example_once_in_batches_of_similar_length(n, size):
+    lengths = torch.randint(10, 500, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = data.epoch_batches(lengths, size, seed=3, epoch=0)
+    assert sorted(i for b in batches for i in b) == list(range(n))
+    assert len(batches) == -(-n // size) and max(map(len, batches)) <= size
+    assert batches == data.epoch_batches(lengths, size, seed=3, epoch=0)
+    if n == 1000:
+        assert batches != data.epoch_batches(lengths, size, seed=3, epoch=1)
+        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+        assert padded < 1.05 * sum(lengths)
+        firsts = [lengths[b[0]] for b in batches]
+        assert firsts != sorted(firsts, reverse=True)  # lengths come mixed, not as a curriculum
+
+
+def test_hub_datasets_are_asked_for_by_repository_and_file(monkeypatch, tmp_path):
+    asked = []
+
+    def hub(repo, filename, repo_type="model"):
+        asked.append((repo, filename, repo_type))
+        return tmp_path / "x.json"
+
+    (tmp_path / "x.json").write_text(json.dumps(ROWS))
+    monkeypatch.setattr(data, "hub_download", hub)
+    for name in data.SOURCES:
+        assert len(data.read_rows(name)) == len(ROWS)
+    assert ("meta-math/MetaMathQA", "MetaMathQA-395K.json", "dataset") in asked

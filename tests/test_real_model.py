@@ -1,0 +1,95 @@
+"""A real SmolLM2-135M against transformers: FARSS_REAL_MODEL=FOLDER pytest tests/test_real_model.py
+
+Random weights hide what a trained model shows (large activations, merges, special tokens), so
+this is worth a minute where the folder is at hand. Skipped elsewhere.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from test_model import AWKWARD, same_tokens
+
+import model as M
+
+FOLDER = os.environ.get("FARSS_REAL_MODEL")
+pytestmark = pytest.mark.skipif(not FOLDER, reason="FARSS_REAL_MODEL names no folder")
+
+PROMPTS = [
+    "The capital of France is",
+    "Question: Natalia sold 48 clips in April and half as many in May. How many in all?\nAnswer:",
+    "def fibonacci(n):\n",
+]
+MORE = [
+    "The quick brown fox jumps over the lazy dog.", "   leading", "trailing   ", "\n\n\n### x",
+    "don't can't I'll", "HELLO hello HeLLo", "$\\frac{1}{2}$ + \\boxed{42}", "a\tb\t\tc", "0x7fFF",
+    "https://example.org/a?b=c&d=%20", "<|im_start|>user\nhi<|im_end|>\n",
+    "\u0645\u0631\u062d\u0628", "\u043f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440",
+    "\U0001f1eb\U0001f1f7\U0001f600",
+    "1,000,000.00 and 12345678901234567890",
+]
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return M.load(FOLDER, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return M.Tokenizer(FOLDER, M.read_config(FOLDER))
+
+
+@pytest.mark.parametrize("text", (AWKWARD + MORE)[:50], ids=ascii)
+def test_tokenizer(tokenizer, hf_tokenizer, text):
+    same_tokens(tokenizer, hf_tokenizer, text)
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(FOLDER)
+
+
+def test_fifty_strings():
+    assert len(set(AWKWARD + MORE)) >= 50
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", PROMPTS, ids=ascii)
+def test_logits_and_loss(ours, theirs, tokenizer, prompt):
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    logits, out = ours(ids), theirs(input_ids=ids, labels=ids)
+    # fp32 through 30 blocks: 1e-5 of the logits' size, and the same ranking at every position
+    assert (logits - out.logits).abs().max() < 1e-4 * out.logits.abs().max()
+    assert logits.argmax(-1).equal(out.logits.argmax(-1))
+    total, n = ours.loss(ids, ids)
+    assert n == ids.shape[1] - 1
+    torch.testing.assert_close(total / n, out.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        total, F.cross_entropy(out.logits[0, :-1], ids[0, 1:], reduction="sum"), rtol=1e-5, atol=0)
+    assert total / n < 6, "a trained model knows English; a random one is at ln 49152 = 10.8"
+
+
+def test_greedy_tokens(ours, theirs, tokenizer):
+    """One batch of unequal lengths, 24 new tokens."""
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    longest = max(map(len, prompts))
+    assert len(set(map(len, prompts))) == 3
+    new = M.generate(ours, prompts, 24, tokenizer.eos_ids)
+    pad = tokenizer.eos_id
+    out = theirs.generate(
+        input_ids=torch.tensor([[pad] * (longest - len(p)) + p for p in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+        do_sample=False, max_new_tokens=24, eos_token_id=list(tokenizer.eos_ids), pad_token_id=pad)
+    for row, expected in zip(new, out[:, longest:].tolist(), strict=True):
+        end = next((i for i, t in enumerate(expected) if t in tokenizer.eos_ids), None)
+        assert row == expected[:end]
+    assert "Paris" in tokenizer.decode(new[0])

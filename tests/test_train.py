@@ -1,0 +1,415 @@
+"""train.py: plan, initialisation, the step, exact resume, and bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_llama, write_checkpoint, write_data
+
+import data
+import eval as E
+import farss
+import model as M
+import train
+
+REPO = Path(__file__).resolve().parent.parent
+SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg", "3", "--r-max",
+         "5", "--calibration", "8", "--batch-size", "4", "--lr", "1e-3", "--steps", "6"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("tiny")
+    write_data("d")
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------- the plan
+
+
+def plan(capsys, *argv):
+    train.main([*argv, "--dry-run"])
+    return capsys.readouterr().out
+
+
+def test_plan_of_the_papers_run_needs_no_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = plan(capsys, "--model", "llama2-7b", "--task", "math")
+    assert "7 of 32 blocks, r (r_min, r_avg, r_max) = (1, 50, 64)" in out
+    assert "R = 128" in out and "6,250 of 16" in out and "188 of them warm-up" in out
+    assert "277.2M if every shallow rank were r_avg" in out and "the paper prints 271M" in out
+    assert "LoRA of rank 128: 319.8M" in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--model", "llama2-7b", "--method", "lora"], "trainable     319.8M"),
+    (["--model", "llama3-8b", "--method", "lora"], "trainable     335.5M"),
+    (["--model", "llama2-13b", "--method", "lora"], "trainable     500.7M"),
+    (["--model", "llama2-7b", "--method", "full"], "THIS DOES NOT FIT"),
+    (["--model", "mistral-7b-v0.3"], "5 of 32 blocks"),
+    (["--model", "llama3-8b"], "9 of 32 blocks"),
+    (["--model", "llama2-13b"], "11 of 40 blocks"),
+    (["--model", "llama2-7b", "--rank", "32", "--r-max", "16", "--r-avg", "12",
+      "--targets", "q_proj,v_proj"], "deep v_proj"),
+    (["--model", "llama2-7b", "--alpha", "256"], "= 256 / 128 = 2"),
+])
+def test_plans(capsys, argv, says):
+    assert says in plan(capsys, *argv)
+
+
+def test_matched_ranks_give_loras_parameters_at_the_papers_mean_shallow_rank():
+    """PAPER_NOTES: R = 153 with 7 shallow blocks reproduces 320M at a mean of 38.7."""
+    s = train.Settings(model="llama2-7b", rank=153, shallow=7)
+    skeleton = M.empty(M.MODELS["llama2-7b"][1])
+    shapes = {n: tuple(skeleton.get_submodule(n).weight.shape)
+              for n in M.linear_names(skeleton, train.LINEARS)}
+    count = train.adapter_parameters(shapes, train.ranks_at_average(s, shapes, 38.7))
+    assert round(count / 1e6) == 320
+
+
+def test_micro_batch_shrinks_then_checkpoints_as_memory_does():
+    s = train.Settings(model="llama2-7b", dtype="bfloat16")
+    config = M.MODELS["llama2-7b"][1]
+
+    def chosen(gigabytes):
+        picked = train.choose_micro_batch(s, config, 6.7e9, 320e6, gigabytes * 1e9)
+        return picked.micro_batch, picked.checkpointing
+
+    sizes = [chosen(g) for g in (400, 141, 80, 40, 24)]
+    assert sizes[0] == (16, False) and sizes == sorted(sizes, key=lambda x: (x[1], -x[0]))
+    assert chosen(24)[1] is True
+
+
+# ---------------------------------------------------------------------------------------- steps
+
+
+def test_schedule_is_transformers_linear_schedule():
+    transformers = pytest.importorskip("transformers")
+    for steps, warmup in ((10, 0.0), (25, 0.03), (100, 0.1), (1, 0.5)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        theirs = transformers.get_linear_schedule_with_warmup(
+            optimizer, math.ceil(warmup * steps), steps)
+        for step in range(steps):
+            assert train.schedule(step, steps, warmup) == pytest.approx(theirs.get_last_lr()[0])
+            optimizer.step()
+            theirs.step()
+
+
+def examples(n=6):
+    draw = torch.Generator().manual_seed(5)
+    lengths = torch.randint(4, 20, (n, 2), generator=draw).tolist()
+    return [data.Example(torch.randint(256, (p + r,), generator=draw).tolist(), p)
+            for p, r in lengths]
+
+
+def settings(**more):
+    return train.Settings(**{"model": "tiny", "device": "cpu", "dtype": "float32", "lr": 1e-2,
+                             "rank": 4, "alpha": 4.0, "dropout": 0.0, "micro_batch": 6,
+                             "shallow": 1, "calibration": 6, "r_avg": 2, "r_max": 3,
+                             "checkpointing": False} | more)
+
+
+def one_step(s, dtype=torch.float64, optimizer=torch.optim.SGD):
+    model = tiny_llama(1, dtype)
+    if s.method != "full":
+        train.initialise(model, s, examples())
+    else:
+        model.requires_grad_(True)
+    model.train().model.gradient_checkpointing = s.checkpointing
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, train.train_step(model, examples(), s, optimizer(trained, lr=s.lr), trained)
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("more", [dict(micro_batch=1), dict(micro_batch=4),
+                                  dict(checkpointing=True)])
+def test_a_step_does_not_depend_on_micro_batches_or_checkpointing(method, more):
+    one, (loss, norm, tokens) = one_step(settings(method=method))
+    two, (loss2, norm2, tokens2) = one_step(settings(method=method, **more))
+    assert loss == pytest.approx(loss2, rel=1e-9) and norm == pytest.approx(norm2, rel=1e-9)
+    assert tokens == tokens2
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        # SGD, whose step is the gradient; LoRA's A and B are fp32 even here.
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9 if p.dtype == torch.float64 else
+                                   1e-7, msg=name)
+
+
+def test_one_lora_step_is_pefts(tmp_path):
+    """Same start, same batch, AdamW: the same A and B afterwards as peft on transformers."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    s = settings(method="lora", alpha=8.0, micro_batch=6)
+    model = tiny_llama(1)
+    M.save(model, tmp_path / "hf")
+    train.initialise(model, s, examples())
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(train.LINEARS), lora_dropout=0.0))
+    layers = M.adapters(model)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            other = theirs.get_submodule(f"base_model.model.{name}")
+            other.lora_A.default.weight.copy_(layer.A)
+            assert not other.lora_B.default.weight.any()
+    ordered = sorted(examples(), key=lambda e: -len(e.ids))
+    for _ in range(3):  # B = 0 at first, so A moves from the second step on
+        trained = [p for p in model.parameters() if p.requires_grad]
+        mine = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+        train.train_step(model, examples(), s, mine, trained)
+        other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2,
+                                  weight_decay=0.0)
+        batch = data.collate(ordered)
+        theirs(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        other.step()
+        theirs.zero_grad()
+    for name, layer in layers.items():
+        other = theirs.get_submodule(f"base_model.model.{name}")
+        assert layer.B.abs().max() > 0
+        torch.testing.assert_close(layer.A, other.lora_A.default.weight, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(layer.B, other.lora_B.default.weight, rtol=1e-3, atol=2e-5)
+
+
+def test_full_fine_tuning_keeps_fp32_masters_under_bf16():
+    """A step of 1e-5 is below bf16's resolution at 1; the fp32 masters keep it."""
+    model, _ = one_step(settings(method="full", dtype="bfloat16", lr=1e-5), torch.float32,
+                        torch.optim.AdamW)
+    before = tiny_llama(1)
+    moved = [(p - q).abs().max().item() for p, q in
+             zip(model.parameters(), before.parameters(), strict=True)]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert sum(0 < m < 2e-5 for m in moved) > len(moved) * 0.9
+
+
+# ----------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_leaves_what_it_says(here, capsys):
+    train.main(SMALL)
+    run = here / "runs/tiny-math-farss-s0"
+    assert sorted(p.name for p in run.iterdir()) == ["adapter.safetensors", "config.json",
+                                                     "log.jsonl", "ranks.json"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["lr"] == 1e-3 and config["settings"]["shallow"] == 1
+    assert {"commit", "torch", "python", "data_sha256"} <= set(config)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["loss"] < log[0]["loss"]
+    report = json.loads((run / "ranks.json").read_text())
+    shallow = {n: x["I"] for n, x in report["layers"].items() if x["shallow"]}
+    assert len(shallow) == 7 and all(".0." in n for n in shallow)
+    ranks = farss.allocate_ranks(shallow, 3, 1, 5)
+    raw = farss.raw_ranks(shallow, 3)
+    for name, x in report["layers"].items():
+        assert x["r"] == ranks.get(name, 6) and x["r_raw"] == pytest.approx(raw.get(name))
+    assert report["shallow_rank_asked"] == 21
+    assert report["shallow_rank_obtained"] == sum(ranks.values())
+    assert "asked 21 in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, more", [("farss", []), ("farss", ["--residual", "exact"]),
+                                          ("farss", ["--fisher", "sampled"]), ("lora", [])])
+def test_a_saved_adapter_is_the_trained_model(here, monkeypatch, method, more):
+    kept = {}
+    inner = train.train
+
+    def spy(model, *args):
+        kept["model"] = model
+        return inner(model, *args)
+
+    monkeypatch.setattr(train, "train", spy)
+    train.main([*SMALL, "--method", method, *more])
+    ids = torch.arange(40)[None] % 256
+    model = M.load("tiny")
+    M.load_adapter(model, f"runs/tiny-math-{method}-s0/adapter.safetensors")
+    with torch.no_grad():
+        trained = kept["model"].eval()(ids)
+        assert torch.equal(model(ids), trained)  # the same bits, W_res recomputed
+        assert not torch.equal(M.load("tiny")(ids), trained)
+        M.merge(model)
+        torch.testing.assert_close(model(ids), trained, rtol=1e-4, atol=1e-4)
+
+
+def interrupt_at(monkeypatch, step, act):
+    """Call `act` when the given step begins."""
+    inner, count = train.train_step, [0]
+
+    def counted(*args):
+        count[0] += 1
+        if count[0] == step:
+            act()
+        return inner(*args)
+
+    monkeypatch.setattr(train, "train_step", counted)
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("killed_in_step", [1, 3, 5])
+def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, method,
+                                                          killed_in_step):
+    argv = [*SMALL, "--method", method, "--save-every", "2", "--examples", "10", "--dropout",
+            "0.1"]
+    train.main([*argv, "--out", "whole"])
+
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, killed_in_step, kill)
+        with pytest.raises(Killed):
+            train.main([*argv, "--out", "cut"])
+    torch.rand(7)  # whatever else the process drew meanwhile
+    with monkeypatch.context() as patch:  # the start is never computed again
+        patch.setattr(farss, "initialise", None)
+        train.main(["--resume", "cut"])
+    for file in (["model/model.safetensors"] if method == "full" else ["adapter.safetensors"]):
+        assert (here / "cut" / file).read_bytes() == (here / "whole" / file).read_bytes()
+    losses = [[json.loads(line)["loss"] for line in (here / d / "log.jsonl").open()]
+              for d in ("cut", "whole")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert not (here / "cut/checkpoint").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, monkeypatch, capsys, number):
+    train.main([*SMALL, "--out", "whole"])
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as stop:
+            train.main([*SMALL, "--out", "cut"])
+    assert stop.value.code == 130
+    assert "python train.py --resume cut" in capsys.readouterr().out
+    assert (here / "cut/checkpoint/step-000003.safetensors").exists()
+    train.main(["--resume", "cut"])
+    one, two = ((here / d / "adapter.safetensors").read_bytes() for d in ("cut", "whole"))
+    assert one == two
+
+
+def test_runs_are_reproducible_and_seeds_differ(here):
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        train.main([*SMALL, "--seed", seed, "--out", out])
+    a, b, c = ((here / d / "adapter.safetensors").read_bytes() for d in "abc")
+    assert a == b != c
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(here, monkeypatch, capsys):
+    inner, count = M.Llama.loss, [0]
+
+    def poisoned(self, *args, **kwargs):
+        loss, n = inner(self, *args, **kwargs)
+        count[0] += self.training
+        return (loss * float("nan") if self.training and count[0] == 5 else loss), n
+
+    monkeypatch.setattr(M.Llama, "loss", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, "--save-every", "2"])
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert "step 5: loss nan" in err and "step-000004.safetensors" in err
+    monkeypatch.setattr(M.Llama, "loss", inner)
+    train.main(["--resume", "runs/tiny-math-farss-s0"])
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(here, monkeypatch, capsys):
+    real = M.save_file
+    calls = [0]
+
+    def full(tensors, path, metadata):
+        calls[0] += 1
+        if calls[0] == 3:  # init, step 2, then step 4
+            Path(path).write_bytes(b"half")
+            raise M.SafetensorError("No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(M, "save_file", full)
+    with pytest.raises(SystemExit) as stop:
+        train.run_main(lambda: train.main([*SMALL, "--save-every", "2"]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1 and "No space left" in err
+    left = sorted(p.name for p in (here / "runs/tiny-math-farss-s0/checkpoint").iterdir())
+    assert left == ["init.safetensors", "step-000002.safetensors"]
+
+
+def test_a_finished_or_unfinished_run_is_never_overwritten(here, capsys):
+    train.main(SMALL)
+    before = (here / "runs/tiny-math-farss-s0/adapter.safetensors").read_bytes()
+    with pytest.raises(M.UserError, match="finished run"):
+        train.main(SMALL)
+    with pytest.raises(M.UserError, match="is finished; evaluate it"):
+        train.main(["--resume", "runs/tiny-math-farss-s0"])
+    (here / "runs/tiny-math-farss-s0/adapter.safetensors").rename(here / "gone")
+    with pytest.raises(M.UserError, match="unfinished run; go on with --resume"):
+        train.main(SMALL)
+    assert (here / "gone").read_bytes() == before
+
+
+def test_resume_refuses_changed_data(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train.main(SMALL)
+    write_data("d", seed=1)
+    with pytest.raises(M.UserError, match="not the data that"):
+        train.main(["--resume", "runs/tiny-math-farss-s0"])
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "--model is missing"),
+    (["--model", "nowhere"], "no such folder"),
+    (["--model", "d"], "config.json: no such file"),
+    (["--model", "tiny", "--data", "none.jsonl"], "none.jsonl: no such file"),
+    (["--model", "tiny", "--data", "empty.jsonl"], "holds no rows"),
+    (["--model", "tiny", "--data", "broken.jsonl"], "broken.jsonl:2: not valid JSON"),
+    (["--model", "tiny", "--data", "columns.jsonl"], "no field"),
+    (["--model", "tiny", "--data", "d/train.jsonl", "--max-length", "20"], "raise --max-length"),
+    ([*SMALL, "--r-avg", "70"], "r_avg 70"),
+    ([*SMALL, "--r-min", "0"], "r_min 0"),
+    ([*SMALL, "--shallow", "5"], "--shallow 5: tiny has 4 blocks"),
+    ([*SMALL, "--shallow", "-1"], "--shallow -1"),
+    ([*SMALL, "--targets", "q_proj,wq"], "no linear layer is called wq"),
+    ([*SMALL, "--rank", "0"], "--rank must be above 0"),
+    ([*SMALL, "--lr", "nan"], "--lr must be above 0"),
+    ([*SMALL, "--dropout", "1"], "--dropout must be in [0, 1)"),
+    ([*SMALL, "--method", "pissa"], "invalid choice"),
+    ([*SMALL, "--mehtod", "lora"], "unrecognized arguments"),
+    ([*SMALL, "--device", "cuda:99"], "not usable here"),
+    (["--resume", "nowhere"], "no such file"),
+    (["--resume", "tiny"], "not written by this version"),
+    (["--resume", "x", "--lr", "1"], "give no other option"),
+])
+def test_bad_input_is_one_line_exit_2_and_writes_nothing(here, capsys, argv, says):
+    (here / "empty.jsonl").write_text("")
+    (here / "broken.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question\n')
+    (here / "columns.jsonl").write_text('{"prompt": "q", "text": "a"}\n')
+    before = sorted(here.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train.run_main(lambda: train.main(argv))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.count("\n") == 1 and says in err
+    assert "Traceback" not in out + err and sorted(here.rglob("*")) == before
+
+
+def test_the_script_itself_exits_with_2_and_no_traceback(here):
+    done = subprocess.run([sys.executable, REPO / "train.py", "--model", "nowhere"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: error: --model nowhere")
+    assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_help_names_equations_sources_and_defaults(capsys):
+    for script, words in ((train, ("K-FAC factors (A.2.1); default 256", "Eq. 5", "--dry-run")),
+                          (E, ("Eq. 36-38", "--full-results", "lm_eval"))):
+        with pytest.raises(SystemExit) as stop:
+            script.parse(["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert stop.value.code == 0 and all(word in text for word in words)
