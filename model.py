@@ -15,6 +15,7 @@ Shapes: b sequences, t tokens, d = hidden_size, V = vocab_size; a linear layer i
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -67,7 +68,7 @@ LLAMA3_ROPE = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+    "original_max_position_embeddings": 8192.0,
 }
 LLAMA3_TOKENS = {"bos_token_id": 128000, "eos_token_ids": (128001,)}
 SMOLLM2_TOKENS = {"bos_token_id": 0, "eos_token_ids": (0,)}
@@ -109,6 +110,11 @@ MODELS = {
         Config(49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, **SMOLLM2_TOKENS,
                tie_word_embeddings=True, max_position_embeddings=8192),
     ),
+    "smollm2-135m-instruct": (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        Config(49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, bos_token_id=1, eos_token_ids=(2,),
+               tie_word_embeddings=True, max_position_embeddings=8192),
+    ),
     "smollm2-360m": (
         "HuggingFaceTB/SmolLM2-360M",
         Config(49152, 960, 2560, 32, 15, 5, 64, rope_theta=1e5, **SMOLLM2_TOKENS,
@@ -124,57 +130,79 @@ MODELS = {
 
 def read_config(folder: str | Path) -> Config:
     """Config from `folder`/config.json, as written before transformers 5 (rope_theta beside
-    rope_scaling) or since (both inside rope_parameters).
+    rope_scaling) or since (both inside rope_parameters). Absent fields have transformers' defaults.
 
     Raises UserError naming the file and the field for anything missing, wrong or unsupported.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
     kind = raw.get("model_type")
+    mistral = kind == "mistral"
     if kind not in SUPPORTED:
         raise UserError(f"{path}: model_type {kind!r} is not supported; supported: "
                         + ", ".join(SUPPORTED))
-    if kind == "mistral" and raw.get("sliding_window"):
-        raise UserError(f"{path}: sliding-window attention (sliding_window = "
-                        f"{raw['sliding_window']}) is not supported; Mistral v0.3 has none")
+    window = raw.get("sliding_window", 4096 if mistral else None)
+    if mistral and window:
+        raise UserError(f"{path}: sliding-window attention (sliding_window = {window}) is not "
+                        "supported; Mistral v0.3 has none")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu'")
 
-    def positive(name: str, default=None):
-        value = raw.get(name)
-        value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise UserError(f"{path}: {name} must be a positive whole number, not {value!r}")
+    def checked(name: str, value, good: bool, what: str):
+        if not good:
+            raise UserError(f"{path}: {name} must be {what}, not {value!r}")
         return value
 
-    heads, width = positive("num_attention_heads"), positive("hidden_size")
-    kv_heads = positive("num_key_value_heads", default=heads)
+    def whole(name: str, default: int | None = None) -> int:
+        value = default if raw.get(name) is None else raw[name]
+        return checked(name, value, type(value) is int and value > 0, "a positive whole number")
+
+    def positive(name: str, value) -> float:
+        good = type(value) in (int, float) and 0 < value < math.inf
+        return float(checked(name, value, good, "a positive number"))
+
+    def flag(name: str) -> bool:
+        value = raw.get(name) or False
+        return checked(name, value, type(value) is bool, "true or false")
+
+    heads, width = whole("num_attention_heads"), whole("hidden_size")
+    kv_heads = whole("num_key_value_heads", default=8 if mistral else heads)
     if heads % kv_heads or (raw.get("head_dim") is None and width % heads):
         raise UserError(f"{path}: {heads} attention heads fit neither {kv_heads} key-value heads "
                         f"nor hidden_size {width}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    head_dim = whole("head_dim", default=width // heads)
+    checked("head_dim", head_dim, head_dim % 2 == 0, "even, for rotary pairs")
+    which = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(which) or {}
+    checked(which, rope, isinstance(rope, dict), "an object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise UserError(f"{path}: rope type {rope_type!r} is not supported; "
                         "supported: default, llama3")
+    scaling = None
+    if rope_type == "llama3":
+        scaling = {key: positive(f"{which}.{key}", rope.get(key))
+                   for key in ("factor", *LLAMA3_ROPE) if key != "rope_type"}
     eos = raw.get("eos_token_id", 2)
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return Config(
-        vocab_size=positive("vocab_size"),
+        vocab_size=whole("vocab_size"),
         hidden_size=width,
-        intermediate_size=positive("intermediate_size"),
-        num_hidden_layers=positive("num_hidden_layers"),
+        intermediate_size=whole("intermediate_size"),
+        num_hidden_layers=whole("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=positive("head_dim", default=width // heads),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        rope_scaling=dict(rope) if rope_type == "llama3" else None,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        max_position_embeddings=positive("max_position_embeddings", default=2048),
+        head_dim=head_dim,
+        rms_norm_eps=positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        rope_scaling=scaling and {"rope_type": "llama3"} | scaling,
+        tie_word_embeddings=flag("tie_word_embeddings"),
+        attention_bias=flag("attention_bias"),
+        mlp_bias=flag("mlp_bias"),
+        max_position_embeddings=whole("max_position_embeddings", default=2048),
         bos_token_id=raw.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        eos_token_ids=tuple(checked("eos_token_id", t, type(t) is int and t >= 0,
+                                    "a token id or a list of them") for t in eos),
         model_type=kind,
     )
 
@@ -333,8 +361,11 @@ class Decoder(nn.Module):
         None means no padding on the left: then causality alone keeps right padding away from
         every real token, and no mask tensor is built.
         """
-        t = input_ids.shape[1]
+        b, t = input_ids.shape
         start = cache.length if cache is not None else 0
+        if attention_mask is None and start and t > 1:
+            # is_causal lines queries up with the first keys; here they are the last.
+            attention_mask = input_ids.new_ones(b, start + t)
         x = self.embed_tokens(input_ids)
         if attention_mask is None:
             position = torch.arange(start, start + t, device=x.device)[None]
@@ -345,7 +376,7 @@ class Decoder(nn.Module):
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         mask = None if attention_mask is None else causal_mask(attention_mask, t)
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, mask, cache)
@@ -383,11 +414,14 @@ class Llama(nn.Module):
              attention_mask: Tensor | None = None) -> tuple[Tensor, int]:
         """(summed negative log-likelihood in nats, number of labelled tokens).
 
-        input_ids, labels (b, t), labels IGNORE where no loss falls. Batches are padded on the
-        right, so attention_mask is not needed (see Decoder.forward). Logits exist only at the
-        labelled positions and in chunks of at most 256 MB in fp32; with more than one chunk,
-        each is computed again in the backward pass rather than kept.
+        input_ids, labels (b, t), labels IGNORE where no loss falls. Batches must be padded on the
+        right (ValueError otherwise), and then attention_mask has no further use (see
+        Decoder.forward). Logits exist only at the labelled positions and in chunks of at most
+        256 MB in fp32; with more than one chunk, each is computed again in the backward pass
+        rather than kept.
         """
+        if attention_mask is not None and not attention_mask[:, 0].all():
+            raise ValueError("the loss takes batches padded on the right")
         hidden, target = self.labelled(input_ids, labels)
         rows = max(1, 2**26 // self.config.vocab_size)
         if len(target) <= rows:
@@ -480,6 +514,9 @@ def attach(model: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]], scaling
     lost = {}
     for name, (A, B) in adapters.items():
         linear = model.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{name} is a {type(linear).__name__}, not an nn.Linear without "
+                             "adapter; merge() first")
         W = linear.weight
         A, B = A.to(W.device), B.to(W.device)
         delta = scaling * (B @ A)
@@ -563,6 +600,17 @@ def merge(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------- decoding
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, the former mode afterwards, whatever happens."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.inference_mode()
 def generate(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
              eos_ids: Iterable[int] = (), stop: Callable[[list[int]], bool] | None = None,
@@ -575,8 +623,8 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
     """
     if not all(prompts):
         raise ValueError("an empty prompt cannot be continued; give it at least a BOS token")
-    training = model.training
-    model.eval()
+    if not prompts:
+        return []
     device, eos_ids = model.lm_head.weight.device, set(eos_ids)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
@@ -591,8 +639,8 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
     rows = list(range(len(prompts)))  # row i of the batch continues prompt rows[i]
     for _ in range(max_new_tokens):
         seen = mask[:, : cache.length + ids.shape[1]] if padded else None
-        hidden = model.model(ids, seen, cache)[:, -1]
-        token = model.lm_head(hidden).argmax(-1)
+        with evaluating(model):
+            token = model.lm_head(model.model(ids, seen, cache)[:, -1]).argmax(-1)
         going = []
         for row, t in zip(rows, token.tolist(), strict=True):
             if t not in eos_ids:
@@ -606,11 +654,15 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
             token, mask = token[still], mask[still]
             cache.keep(still)
         ids = token[:, None]
-    model.train(training)
     return new
 
 
 # -------------------------------------------------------------------------------------- loading
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text that is no folder can be the id of a hub repository, owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.git)", text) is not None
 
 
 def fetch(name_or_path: str | Path) -> Path:
@@ -624,7 +676,7 @@ def fetch(name_or_path: str | Path) -> Path:
         return Path(text)
     if text in MODELS:
         repo = MODELS[text][0]
-    elif text.count("/") == 1 and not text.startswith((".", "/", "~")):
+    elif is_hub_id(text):
         repo = text
     else:
         raise UserError(f"--model {text}: no such folder, and not one of the short names "
@@ -674,11 +726,11 @@ def weight_files(folder: str | Path) -> list[str]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index}: no weight_map")
-        names = list(dict.fromkeys(weight_map.values()))
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        for name in weight_map.values():
+            inside = isinstance(name, str) and Path(name).name == name and "\\" not in name
+            if not inside or name in ("", ".", ".."):
                 raise UserError(f"{index}: shard {name!r} points outside the folder")
-        return names
+        return list(dict.fromkeys(weight_map.values()))
     if (folder / "model.safetensors").exists():
         return ["model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
@@ -694,7 +746,7 @@ def read_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]],
     All names and shapes are checked against `expected` before the first byte of data is read.
     Raises UserError naming file and tensor.
     """
-    folder, found = Path(folder), {}
+    folder, found, head = Path(folder), {}, None
     files = weight_files(folder)
     for file in files:
         path = folder / file
@@ -709,18 +761,26 @@ def read_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]],
             if name.endswith("rotary_emb.inv_freq"):
                 print(f"{file}: ignoring {name} (the model computes it)")
             elif name == "lm_head.weight" and name not in expected:
-                continue  # a tied head that was stored a second time
+                head = path  # a tied head that was stored a second time
             elif name not in expected:
                 raise UserError(f"{path}: unexpected tensor {name}")
             elif shape != expected[name]:
                 raise UserError(f"{path}: {name} has shape {shape}, config.json implies "
                                 f"{expected[name]}")
+            elif name in found:
+                raise UserError(f"{path}: {name} also stands in {found[name].name}")
             else:
                 found[name] = path
     missing = sorted(set(expected) - set(found))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: tensor {missing[0]}{more} is missing")
+    if head is not None:
+        embedding = "model.embed_tokens.weight"
+        with safe_open(head, "pt") as one, safe_open(found[embedding], "pt") as two:
+            if not torch.equal(one.get_tensor("lm_head.weight"), two.get_tensor(embedding)):
+                raise UserError(f"{head}: lm_head.weight is not the embedding, though config.json "
+                                "says tie_word_embeddings")
     tensors = {}
     total = sum(math.prod(s) for s in expected.values())
     bar = tqdm(total=total, unit="p", unit_scale=True, desc="loading", leave=False,
@@ -784,7 +844,7 @@ def config_of(name_or_path: str | Path) -> Config:
     text = str(name_or_path)
     if text in MODELS and not Path(text).is_dir():
         return MODELS[text][1]
-    if not Path(text).is_dir() and text.count("/") == 1 and not text.startswith((".", "/")):
+    if not Path(text).is_dir() and is_hub_id(text):
         return read_config(hub_download(text, "config.json").parent)
     return read_config(fetch(text))
 
@@ -792,6 +852,8 @@ def config_of(name_or_path: str | Path) -> Config:
 @torch.no_grad()
 def save(model: Llama, folder: str | Path) -> None:
     """Write config.json and model.safetensors as Hugging Face does (a tied head is not stored)."""
+    if adapters(model):
+        raise ValueError("merge() the adapters before saving the model")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {f.name: getattr(model.config, f.name) for f in fields(Config)}
@@ -870,12 +932,18 @@ class Tokenizer:
         if top >= config.vocab_size:
             raise UserError(f"{path}: holds token id {top}, but the embedding has only "
                             f"{config.vocab_size} rows; tokenizer and model do not match")
-        self.prefix = self.hf.encode("", add_special_tokens=True).ids  # [bos] or []
+        # What stands before the text, [bos] or []; some templates add EOS behind it, too.
+        plain, whole = (self.hf.encode("a", add_special_tokens=special).ids
+                        for special in (False, True))
+        self.prefix = next(whole[:i] for i in range(len(whole) + 1)
+                           if whole[i : i + len(plain)] == plain)
         self.eos_ids = tuple(config.eos_token_ids)
         named = Path(folder) / "tokenizer_config.json"
         eos = read_json(named).get("eos_token") if named.exists() else None
         eos = eos.get("content") if isinstance(eos, dict) else eos
-        eos_id = self.hf.token_to_id(eos) if eos else None
+        eos_id = self.hf.token_to_id(eos) if isinstance(eos, str) else None
+        if eos is not None and eos_id is None:
+            raise UserError(f"{named}: eos_token {eos!r} is not a token of tokenizer.json")
         if eos_id is None and not self.eos_ids:
             raise UserError(f"{named}: names no eos_token, nor does config.json")
         self.eos_id = self.eos_ids[0] if eos_id is None else eos_id

@@ -102,6 +102,7 @@ PAPER = {
     ("llama2-13b", "math"): dict(shallow=11, matched=164, params=400),
     # Not in the paper: the small model for readers without a large GPU; 7/32 of 30 blocks.
     ("smollm2-135m", "math"): dict(shallow=7),
+    ("smollm2-135m-instruct", "math"): dict(shallow=7),
 }
 
 
