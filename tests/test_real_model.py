@@ -11,8 +11,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from test_model import AWKWARD, same_tokens
+from tiny import write_data
 
+import eval as evaluation
+import farss
 import model as M
+import train
+from model import read_json
 
 FOLDER = os.environ.get("FARSS_REAL_MODEL")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="FARSS_REAL_MODEL names no folder")
@@ -93,3 +98,43 @@ def test_greedy_tokens(ours, theirs, tokenizer):
         end = next((i for i, t in enumerate(expected) if t in tokenizer.eos_ids), None)
         assert row == expected[:end]
     assert "Paris" in tokenizer.decode(new[0])
+
+
+def test_farss_end_to_end(tmp_path, monkeypatch, tokenizer):
+    """Initialise, fine-tune for a few steps, save, load, evaluate: the held-out loss falls."""
+    monkeypatch.chdir(tmp_path)
+    real = os.environ.get("FARSS_REAL_DATA")
+    if real:
+        files = [f"{real}/gsm8k_{part}.jsonl" for part in ("train", "test")]
+        names = [f"nq_open={real}/nq_open_dev.jsonl", f"webqs={real}/webqs_test.json"]
+    else:
+        write_data("d")
+        files, names = ["d/train.jsonl", "d/test.jsonl"], ["nq_open=d/nq.jsonl",
+                                                           "webqs=d/webqs.json"]
+    ids = torch.tensor([tokenizer.encode(PROMPTS[1])])
+    seen = {}
+    attach = M.attach
+
+    def spy(model, *args):
+        with torch.no_grad():
+            before = model(ids)
+            lost = attach(model, *args)
+            seen["difference"] = (model(ids) - before).abs().max() / before.abs().max()
+        return lost
+
+    monkeypatch.setattr(M, "attach", spy)
+    train.main(["--model", FOLDER, "--data", files[0], "--rank", "32", "--r-avg", "12", "--r-max",
+                "16", "--calibration", "4", "--batch-size", "4", "--steps", "5", "--lr", "5e-4",
+                "--examples", "200", "--max-length", "256", "--out", "run"])
+    assert seen["difference"] < 1e-5  # fp32: the start leaves the function as it was
+    report = read_json("run/ranks.json")
+    shallow = {n: x["I"] for n, x in report["layers"].items() if x["shallow"]}
+    assert len(shallow) == 7 * 7 and len(report["layers"]) == 7 * 30
+    expected = farss.allocate_ranks(shallow, 12, 1, 16)
+    assert all(x["r"] == expected.get(n, 32) for n, x in report["layers"].items())
+    assert min(expected.values()) < max(expected.values())
+    ask = ["--data", f"gsm8k={files[1]}", *names, "--limit", "4", "--max-new-tokens", "16"]
+    evaluation.main([FOLDER, *ask, "--out", "base"])
+    evaluation.main(["run", *ask, "--base-results", "base"])
+    base, run = (read_json(f"{d}/results.json")["benchmarks"] for d in ("base", "run"))
+    assert run["gsm8k"]["answer_loss"] < base["gsm8k"]["answer_loss"] - 0.01
