@@ -27,6 +27,7 @@ Glossary (name, symbol, equation)
 Tensors in, tensors out: no files, flags, devices or printing here.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -109,7 +110,8 @@ def kfac_hooks(model: nn.Module, names: Iterable[str]) -> Iterator[FactorSums]:
     """
     sums = FactorSums()
     wanted_grad = [(p, p.requires_grad) for p in model.parameters()]
-    training, handles = model.training, []
+    modes = [(module, module.training) for module in model.modules()]
+    handles = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -131,7 +133,8 @@ def kfac_hooks(model: nn.Module, names: Iterable[str]) -> Iterator[FactorSums]:
             handle.remove()
         for parameter, wanted in wanted_grad:
             parameter.requires_grad_(wanted)
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -199,10 +202,12 @@ def quadratic_form(dW: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor) -> Tensor:
 def fisher_importance(W: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor) -> float:
     """Eq. 8: I = Tr(Σ_δ W Σ_h Wᵀ) / (m n), from Eq. 7's perturbation ΔW = s W.
 
-    W (m, n), in any dtype; computed in the dtype of the factors.
+    W (m, n), in any dtype; computed in the dtype of the factors. I >= 0, since both factors are
+    positive semi-definite; a little less than 0 by rounding is 0.
     """
     m, n = W.shape
-    return quadratic_form(W.to(Sigma_h.dtype), Sigma_h, Sigma_delta).item() / (m * n)
+    value = quadratic_form(W.to(Sigma_h.dtype), Sigma_h, Sigma_delta).item() / (m * n)
+    return 0.0 if value < 0 else value
 
 
 # --------------------------------------------------- section 3.2: inverse rank allocation
@@ -214,11 +219,10 @@ def inverse_importance(I: dict[str, float]) -> dict[str, float]:  # noqa: E741
     A raw I is often below 1e-10, where an absolute ε would level all ranks; divided by the sum
     the ranks depend on ratios only. All I zero: all ω equal. ValueError for I < 0, NaN or inf.
     """
-    total = 0.0
     for name, value in I.items():
-        if not 0 <= value < float("inf"):
+        if not 0 <= value < math.inf:
             raise ValueError(f"importance of {name} is {value}; it must be finite and >= 0")
-        total += value
+    total = sum(I.values())
     return {n: 1.0 / ((value / total if total else 1.0) + EPSILON) for n, value in I.items()}
 
 
@@ -374,9 +378,12 @@ def initialise(model: nn.Module, batches: list[Batch], names: list[str], *, shal
     all others rank R and their highest; a rank is at most min(m, n). Factors exist for one
     group of blocks at a time, as many as fit into `memory` bytes, at the price of one more pass
     over the batches per group. `progress` wraps each loop as tqdm does. Adapters are returned on
-    the CPU in fp32 (fp64 for an fp64 model). Raises ValueError for impossible ranks.
+    the CPU in fp32 (fp64 for an fp64 model). Raises ValueError for impossible ranks and for
+    factors that are not finite.
     """
     allocate_ranks({}, r_avg, r_min, r_max)  # refuse impossible ranks before any work
+    if R < 1:
+        raise ValueError(f"R must be at least 1, not {R}")
     parts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # the candidates' U, S, Vh, in order
     importance: dict[str, float] = {}
     first_share: dict[str, float] = {}
@@ -389,6 +396,9 @@ def initialise(model: nn.Module, batches: list[Batch], names: list[str], *, shal
         for name in progress(group, desc=f"SVD and scores{of}"):
             W, (Sigma_h, Sigma_delta) = model.get_submodule(name).weight, factors.pop(name)
             importance[name] = fisher_importance(W, Sigma_h, Sigma_delta)
+            if not math.isfinite(importance[name]):
+                raise ValueError(f"importance of {name} is {importance[name]}: the weight, an "
+                                 "activation or a gradient is not finite")
             U, S, Vh = svd(W)
             s = direction_scores(S, *lam_gam(U, Vh, Sigma_h, Sigma_delta))
             is_shallow = block_index(name) < shallow
