@@ -120,7 +120,7 @@ def gsm8k_official(answer: str | None, gold: str) -> bool:
         value = float(over or 0) if not float(under) else float(Fraction(over) / Fraction(under))
     else:
         value = float(text.replace(",", ""))
-    predicted, right = round(value), int(gold.replace(",", ""))
+    predicted, right = round(value), round(float(gold.replace(",", "")))
     return any(math.isclose(predicted, right * factor, rel_tol=1e-4) for factor in (1, 0.01, 100))
 
 
@@ -193,10 +193,15 @@ class Evaluator:
         ask = " Let's think step by step."
         prompts = [data.PROMPT.format(instruction=r.get(data.QUESTION)) + ask for r in rows]
         judge = gsm8k_official if self.scoring == "official" else gsm8k_strict
+        golds = []
+        for row in rows:
+            gold = row.get(data.ANSWER).rpartition("#### ")[2].strip()
+            if not re.fullmatch(r"-?[\d,]*\d(\.\d+)?", gold):
+                raise M.UserError(f"{row.where}: the answer does not end in '#### number'")
+            golds.append(gold)
         outputs = self.complete(prompts, 1024, stops, True, "gsm8k")
         records = []
-        for row, prompt, output in zip(rows, prompts, outputs, strict=True):
-            gold = row.get(data.ANSWER).rpartition("#### ")[2].strip()
+        for gold, prompt, output in zip(golds, prompts, outputs, strict=True):
             answer = number_after_marker(output)
             records.append({"prompt": prompt, "output": output, "extracted": answer,
                             "gold": gold, "correct": judge(answer, gold)})
@@ -272,7 +277,7 @@ def load_target(target: str, dtype: str | None, device: str | None
     about |= {"settings": asdict(s), "trained_with": {k: v for k, v in config.items()
                                                       if k != "settings"}}
     folder = run / "model" if s.method == "full" else M.fetch(s.model)
-    model = M.load(folder, train.DTYPES.get(dtype), device)
+    model = M.load(folder, train.DTYPES[dtype or s.dtype], device)
     if s.method == "full":
         about["trainable"] = sum(p.numel() for p in model.parameters())
     else:
@@ -377,9 +382,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         "tuning, for K (default: runs/<model>-base, if it is there)")
     parser.add_argument("--full-results", metavar="paper|FILE|RUN", help="scores of full fine-"
                         "tuning, for T")
-    parser.add_argument("--dtype", choices=tuple(train.DTYPES))
-    parser.add_argument("--device")
-    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--dtype", choices=tuple(train.DTYPES), help="default: the run's; for a "
+                        "model float32 on CPU, bfloat16 elsewhere")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
     parser.add_argument("--table", nargs="+", metavar="RUN", help="print a table of finished "
                         "results and stop")
     args = parser.parse_args(argv)

@@ -360,10 +360,13 @@ def initialise(model: M.Llama, s: Settings, calibration: list[data.Example]
                data.batches_by_length(calibration, lambda e: len(e.ids), size)]
     draw = torch.Generator(s.device).manual_seed(s.seed)
     loss = farss.sampled_loss(draw) if s.fisher == "sampled" else farss.summed_loss
-    layers = farss.initialise(
-        model, batches, names, shallow=s.shallow, R=s.rank, r_avg=s.r_avg, r_min=s.r_min,
-        r_max=s.r_max, scaling=scaling, loss=loss, memory=free / 2,
-        progress=partial(tqdm, leave=False, disable=None))
+    try:
+        layers = farss.initialise(
+            model, batches, names, shallow=s.shallow, R=s.rank, r_avg=s.r_avg, r_min=s.r_min,
+            r_max=s.r_max, scaling=scaling, loss=loss, memory=free / 2,
+            progress=partial(tqdm, leave=False, disable=None))
+    except ValueError as error:  # a checkpoint or activations that are not finite
+        raise M.UserError(f"{s.model}: {error}") from None
     initial = {n: (layer.A, layer.B) for n, layer in layers.items()}
     lost = M.attach(model, initial, scaling, s.dropout, s.residual)
     shallow = [layer for layer in layers.values() if layer.shallow]
@@ -578,7 +581,9 @@ def run_folder(s: Settings) -> Path:
 
 
 def finished(run: Path) -> bool:
-    return (run / "adapter.safetensors").exists() or (run / "model" / "config.json").exists()
+    """The result is there, and the checkpoints, which go last, are not."""
+    result = (run / "adapter.safetensors").exists() or (run / "model" / "config.json").exists()
+    return result and not (run / "checkpoint").exists()
 
 
 def read_run(run: Path) -> tuple[Settings, dict]:
