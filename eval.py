@@ -256,36 +256,53 @@ class Evaluator:
 # --------------------------------------------------------------------------------------- results
 
 
-def load_target(target: str, dtype: str | None, device: str | None
-                ) -> tuple[M.Llama, M.Tokenizer, Path, dict]:
-    """(model, tokenizer, where its results go, what it is) of a run folder or a model.
+@dataclass
+class Target:
+    """What is to be evaluated: a run of train.py, or a model as it is (run None)."""
 
-    Adapters are merged in fp32; in bf16 they stay apart, since rounding the merged weight can
-    lose what training changed.
-    """
+    folder: Path  # of the model's files
+    run: Path | None
+    settings: train.Settings | None
+    about: dict  # for results.json
+
+    @property
+    def home(self) -> Path:
+        """Where its results go."""
+        return self.run or Path("runs") / f"{train.model_name(self.about['model'])}-base"
+
+
+def find_target(target: str) -> Target:
+    """A run folder, or a model by folder, short name or hub id; nothing is loaded yet."""
     run = Path(target)
     if not (run / "config.json").exists() or "settings" not in M.read_json(run / "config.json"):
-        folder = M.fetch(target)
-        model = M.load(folder, train.DTYPES.get(dtype), device)
         about = {"model": target, "method": "base", "task": None, "seed": None}
-        home = Path("runs") / f"{train.model_name(target)}-base"
-        return model, M.Tokenizer(folder, model.config), home, about
+        return Target(M.fetch(target), None, None, about)
     s, config = train.read_run(run)
     if not train.finished(run):
         raise M.UserError(f"{run} is not finished; go on with: python train.py --resume {run}")
     about = {k: getattr(s, k) for k in ("model", "method", "task", "seed")}
     about |= {"settings": asdict(s), "trained_with": {k: v for k, v in config.items()
                                                       if k != "settings"}}
-    folder = run / "model" if s.method == "full" else M.fetch(s.model)
-    model = M.load(folder, train.DTYPES[dtype or s.dtype], device)
-    if s.method == "full":
-        about["trainable"] = sum(p.numel() for p in model.parameters())
-    else:
-        M.load_adapter(model, run / "adapter.safetensors")
-        about["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Target(run / "model" if s.method == "full" else M.fetch(s.model), run, s, about)
+
+
+def load_target(target: Target, dtype: str | None, device: str | None) -> M.Llama:
+    """The model, a run's adapters on it; notes in `about` how many parameters were trained.
+
+    Adapters are merged in fp32; in bf16 they stay apart, since rounding the merged weight can
+    lose what training changed.
+    """
+    s = target.settings
+    model = M.load(target.folder, train.DTYPES.get(dtype or (s.dtype if s else None)), device)
+    if s and s.method == "full":
+        target.about["trainable"] = sum(p.numel() for p in model.parameters())
+    elif s:
+        M.load_adapter(model, target.run / "adapter.safetensors")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        target.about["trainable"] = sum(p.numel() for p in trained)
         if model.lm_head.weight.dtype == torch.float32:
             M.merge(model)
-    return model, M.Tokenizer(folder, model.config), run, about
+    return model
 
 
 def read_results(path: str | Path) -> dict:
@@ -410,13 +427,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         print("\n".join(table([read_results(run) for run in args.table])))
         return
+    target = find_target(args.target)
     rows = {b: data.read_rows(args.data.get(b, SOURCE[b]))[: args.limit] for b in args.benchmarks}
-    model, tokenizer, home, about = load_target(args.target, args.dtype, args.device)
+    model = load_target(target, args.dtype, args.device)
+    about = target.about
     # A run is compared with its base model's results where they are.
     base = Path("runs") / f"{train.model_name(about['model'])}-base"
     base = args.base_results or (str(base) if (base / "results.json").exists() else None)
-    out = args.out or home
-    (out / "eval").mkdir(parents=True, exist_ok=True)
+    out = args.out or target.home
+    tokenizer = M.Tokenizer(target.folder, model.config)
     evaluator = Evaluator(model, tokenizer, args.batch_size, args.max_new_tokens, args.bos,
                           args.scoring)
     results = about | {"benchmarks": {}, "dtype": str(model.lm_head.weight.dtype),
@@ -424,6 +443,7 @@ def main(argv: list[str] | None = None) -> None:
     for benchmark in args.benchmarks:
         began = time.perf_counter()
         records, more = getattr(evaluator, benchmark)(rows[benchmark])
+        (out / "eval").mkdir(parents=True, exist_ok=True)
         with M.atomic(out / "eval" / f"{benchmark}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps({"id": i} | r) + "\n"
                                          for i, r in enumerate(records)))

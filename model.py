@@ -661,8 +661,12 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text that is no folder can be the id of a hub repository, owner/name."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.git)", text) is not None
+    """Whether a text that is no folder can be the id of a hub repository, owner/name.
+
+    runs/typo is none where there is a folder runs.
+    """
+    looks = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.git)", text)
+    return looks is not None and not Path(text).parent.is_dir()
 
 
 def fetch(name_or_path: str | Path) -> Path:
@@ -694,7 +698,9 @@ def hub_download(repo: str, filename: str, repo_type: str = "model",
                  optional: bool = False) -> Path | None:
     """One file of a hub repository, from the cache or the network; None if optional and absent."""
     from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries; the error below says it once
     where = f"{repo}/{filename}"
     try:
         return Path(hf_hub_download(repo, filename, repo_type=repo_type))
