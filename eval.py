@@ -315,15 +315,21 @@ def read_results(path: str | Path) -> dict:
     return results
 
 
+def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
+    """The paper's scores of a model before and after full fine-tuning; UserError without any."""
+    row = PAPER.get((about["model"], about["task"] or "math"))
+    if row is None:
+        raise M.UserError(f"the paper prints no scores of {about['model']} for {about['task']}; "
+                          "give a results file")
+    return row
+
+
 def reference(results: dict, source: str, which: int, benchmarks: tuple[str, ...]
               ) -> dict[str, float] | None:
     """Scores to divide by: the paper's (`which` 0: origin, 1: full), or those of a results file,
     which must come from the same questions under the same settings."""
     if source == "paper":
-        row = PAPER.get((results["model"], results["task"] or "math"))
-        if row is None:
-            raise M.UserError(f"the paper prints no scores of {results['model']} for "
-                              f"{results['task']}; give a results file")
+        row = paper_row(results)
         if any(results["benchmarks"][b]["limit"] for b in benchmarks):
             print("note: the paper's scores are of all questions, these of the first few")
         return {b: row[which][b] for b in benchmarks}
@@ -428,12 +434,18 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(table([read_results(run) for run in args.table])))
         return
     target = find_target(args.target)
-    rows = {b: data.read_rows(args.data.get(b, SOURCE[b]))[: args.limit] for b in args.benchmarks}
-    model = load_target(target, args.dtype, args.device)
     about = target.about
     # A run is compared with its base model's results where they are.
     base = Path("runs") / f"{train.model_name(about['model'])}-base"
     base = args.base_results or (str(base) if (base / "results.json").exists() else None)
+    base = base if target.run else None
+    for source in (base, args.full_results):  # refuse what is not there before the long work
+        if source == "paper":
+            paper_row(about)
+        elif source:
+            read_results(source)
+    rows = {b: data.read_rows(args.data.get(b, SOURCE[b]))[: args.limit] for b in args.benchmarks}
+    model = load_target(target, args.dtype, args.device)
     out = args.out or target.home
     tokenizer = M.Tokenizer(target.folder, model.config)
     evaluator = Evaluator(model, tokenizer, args.batch_size, args.max_new_tokens, args.bos,
@@ -456,9 +468,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{benchmark:8} {correct} of {len(records)} right"
               + "".join(f", {k.replace('_', ' ')} {v:.4f}" for k, v in more.items())
               + f" ({results['benchmarks'][benchmark]['seconds']:.0f} s)")
-    is_base = about["method"] == "base"
-    results["summary"] = summarise(results, None if is_base else base, args.full_results)
-    M.save_json(out / "results.json", results)
+    for references in ((None, None), (base, args.full_results)):
+        # First without, so that references that do not fit cost no result.
+        results["summary"] = summarise(results, *references)
+        M.save_json(out / "results.json", results)
     print("\n".join(table([results])))
 
 

@@ -269,6 +269,19 @@ def test_a_run_is_scored_like_the_model_in_memory_and_results_say_all(world, cap
     assert capsys.readouterr().out.count("\n") == 3
 
 
+def test_references_that_do_not_fit_cost_no_result(world, capsys):
+    E.main(["tiny", *FILES, "--max-new-tokens", "8", "--limit", "1"])
+    run = ["runs/tiny-math-farss-s0", *FILES, "--max-new-tokens", "8"]
+    for early in ("paper", "none.json"):  # seen at once
+        with pytest.raises(M.UserError):
+            E.main([*run, "--full-results", early])
+        assert not (world / "runs/tiny-math-farss-s0/results.json").exists()
+    with pytest.raises(M.UserError, match="cannot be compared"):  # of 1 question, not 8
+        E.main(run)
+    results = json.loads((world / "runs/tiny-math-farss-s0/results.json").read_text())
+    assert results["benchmarks"]["gsm8k"]["n"] == 8 and set(results["summary"]) == {"Avg"}
+
+
 def test_evaluation_is_reproducible(world):
     for out in ("one", "two"):
         E.main(["runs/tiny-math-farss-s0", *FILES, "--max-new-tokens", "8", "--out", out])
