@@ -602,13 +602,14 @@ def merge(model: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the former mode afterwards, whatever happens."""
-    training = model.training
+    """Eval mode inside; afterwards every module's own mode again, whatever happened."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.inference_mode()
@@ -637,23 +638,23 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
                     like=model.model.norm.weight)
     new: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # row i of the batch continues prompt rows[i]
-    for _ in range(max_new_tokens):
-        seen = mask[:, : cache.length + ids.shape[1]] if padded else None
-        with evaluating(model):
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            seen = mask[:, : cache.length + ids.shape[1]] if padded else None
             token = model.lm_head(model.model(ids, seen, cache)[:, -1]).argmax(-1)
-        going = []
-        for row, t in zip(rows, token.tolist(), strict=True):
-            if t not in eos_ids:
-                new[row].append(t)
-            going.append(t not in eos_ids and not (stop and stop(new[row])))
-        if not any(going):
-            break
-        if not all(going):
-            still = torch.tensor(going, device=device)
-            rows = [row for row, go in zip(rows, going, strict=True) if go]
-            token, mask = token[still], mask[still]
-            cache.keep(still)
-        ids = token[:, None]
+            going = []
+            for row, t in zip(rows, token.tolist(), strict=True):
+                if t not in eos_ids:
+                    new[row].append(t)
+                going.append(t not in eos_ids and not (stop and stop(new[row])))
+            if not any(going):
+                break
+            if not all(going):
+                still = torch.tensor(going, device=device)
+                rows = [row for row, go in zip(rows, going, strict=True) if go]
+                token, mask = token[still], mask[still]
+                cache.keep(still)
+            ids = token[:, None]
     return new
 
 
