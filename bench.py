@@ -1,14 +1,19 @@
-"""This project beside transformers + peft: the same model, batch and settings, in one run.
+"""This project beside its peers: the same model, batch and settings, in one run.
 
     python bench.py FOLDER              FOLDER holds a Llama checkpoint (see README)
+    python bench.py FOLDER --rows initialisation
+    python bench.py --blocks            peak memory of the sweep as blocks are added; no FOLDER
 
 Every measurement is a process of its own, the two sides taking turns, so that their ratio holds
 when the machine's speed drifts and peak memory is each side's own. Reported: the median over
 the rounds, and the median of the ratios round by round. Needs requirements-dev.txt.
 
-    training     LoRA r = 32 on all seven linears, dropout 0.05, AdamW, batch 8 of 128 to 256
-                 tokens, loss on the last half of each: real tokens per second, after one step
-    generation   16 prompts of 32 to 64 tokens, 64 new tokens each, greedy: new tokens per second
+    training        beside transformers + peft: LoRA r = 32 on all seven linears, dropout 0.05,
+                    AdamW, batch 8 of 128 to 256 tokens, loss on the last half of each: real
+                    tokens per second, after one step
+    generation      beside transformers: 16 prompts of 32 to 64 tokens, 64 new tokens each, greedy
+    initialisation  beside FARSS on factors of the whole model at once (kfac_factors), which need
+                    the memory of all blocks: 16 sequences of 128 to 256 tokens, R = 32
 """
 
 import argparse
@@ -21,7 +26,16 @@ import time
 
 import torch
 
+import checkpoint
+import data
+import farss
+import model as M
+import plan
+import train
+from settings import LINEARS, Settings
+
 STEPS, NEW = 3, 64
+BUDGET = farss.Budget(shallow=7, R=32, r_avg=12, r_min=1, r_max=16)
 
 
 def prompts(vocab: int) -> list[list[int]]:
@@ -30,9 +44,7 @@ def prompts(vocab: int) -> list[list[int]]:
     return [torch.randint(3, vocab, (n,), generator=draw).tolist() for n in lengths]
 
 
-def batches(vocab: int) -> list[dict[str, torch.Tensor]]:
-    import data
-
+def batches(vocab: int, count: int = 1 + STEPS) -> list[dict[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(0)
 
     def batch():
@@ -40,20 +52,14 @@ def batches(vocab: int) -> list[dict[str, torch.Tensor]]:
         return data.collate([data.Example(torch.randint(3, vocab, (n,), generator=draw).tolist(),
                                           n // 2) for n in lengths])
 
-    return [batch() for _ in range(1 + STEPS)]
-
-
-def timed(step, work: list) -> float:
-    """Seconds for all but the first item of `work`."""
-    step(work[0])
-    began = time.perf_counter()
-    for item in work[1:]:
-        step(item)
-    return time.perf_counter() - began
+    return [batch() for _ in range(count)]
 
 
 def tokens(work: list) -> int:
-    return sum(int(b["attention_mask"].sum()) for b in work[1:])
+    return sum(int(b["attention_mask"].sum()) for b in work)
+
+
+# --------------------------------------------------------------------------------------- training
 
 
 def training_speed(model: torch.nn.Module, loss) -> float:
@@ -68,16 +74,17 @@ def training_speed(model: torch.nn.Module, loss) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    work = batches(model.config.vocab_size)
-    return tokens(work) / timed(step, work)
+    first, *work = batches(model.config.vocab_size)
+    step(first)
+    began = time.perf_counter()
+    for batch in work:
+        step(batch)
+    return tokens(work) / (time.perf_counter() - began)
 
 
 def train_here(folder: str) -> float:
-    import model as M
-    import train
-
-    model = M.load(folder, torch.float32, "cpu")
-    train.initialise(model, train.Settings(model=folder, method="lora", rank=32, alpha=32.0), [])
+    model = checkpoint.load(folder, torch.float32, "cpu")
+    train.initialise(model, Settings(model=folder, method="lora", rank=32, alpha=32.0), [])
 
     def loss(batch):
         total, n = model.loss(**batch)
@@ -90,18 +97,17 @@ def train_peft(folder: str) -> float:
     import peft
     import transformers
 
-    import train
-
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(
-        r=32, lora_alpha=32, lora_dropout=0.05, target_modules=list(train.LINEARS)))
+        r=32, lora_alpha=32, lora_dropout=0.05, target_modules=list(LINEARS)))
     return training_speed(model, lambda batch: model(**batch).loss)
 
 
-def generate_here(folder: str) -> float:
-    import model as M
+# ------------------------------------------------------------------------------------- generation
 
-    model = M.load(folder, torch.float32, "cpu")
+
+def generate_here(folder: str) -> float:
+    model = checkpoint.load(folder, torch.float32, "cpu")
     work = prompts(model.config.vocab_size)
     M.generate(model, work, 2)
     began = time.perf_counter()
@@ -124,44 +130,117 @@ def generate_transformers(folder: str) -> float:
     return out[:, longest:].numel() / (time.perf_counter() - began)
 
 
-ROWS = {"training": (train_here, train_peft), "generation": (generate_here, generate_transformers)}
+# --------------------------------------------------------------------------------- initialisation
 
 
-def measure(row: str, side: int, folder: str) -> dict[str, float]:
-    """One measurement in a fresh process."""
-    done = subprocess.run([sys.executable, __file__, folder, "--measure", row, str(side)],
-                          capture_output=True, text=True)
+def initialise_by_sweep(folder: str) -> float:
+    model = checkpoint.load(folder, torch.float32, "cpu")
+    work = batches(model.config.vocab_size, 2)
+    began = time.perf_counter()
+    measured = farss.measure(model, work, M.linear_names(model, LINEARS), BUDGET)
+    farss.build_adapters(measured, BUDGET)
+    return tokens(work) / (time.perf_counter() - began)
+
+
+@torch.no_grad()
+def initialise_whole(folder: str) -> float:
+    """The same adapters from kfac_factors: one pass, the factors of all blocks at once."""
+    model = checkpoint.load(folder, torch.float32, "cpu")
+    work, names = batches(model.config.vocab_size, 2), M.linear_names(model, LINEARS)
+    began = time.perf_counter()
+    factors = farss.kfac_factors(model, work, names)
+    measured = {n: farss.measure_layer(n, model.get_submodule(n).weight, *factors[n], BUDGET, 0.0)
+                for n in names}
+    farss.build_adapters(measured, BUDGET)
+    return tokens(work) / (time.perf_counter() - began)
+
+
+BLOCKS = (4, 8, 16, 32)
+NARROW = dict(vocab_size=64, hidden_size=64, intermediate_size=2048, num_attention_heads=4,
+              num_key_value_heads=4, head_dim=16, max_position_embeddings=512)
+
+
+def grown(blocks: int, whole: bool) -> float:
+    """Bytes that the factors add to the process, on a random model of `blocks` narrow blocks.
+
+    Kept inputs and candidates, which must grow with the blocks, are a hundredth of the factors.
+    """
+    model = M.Llama(M.Config(num_hidden_layers=blocks, **NARROW)).eval()
+    work, names = batches(64, 1), M.linear_names(model, LINEARS)
+    budget = farss.Budget(1, 2, 1, 1, 2)
+    farss.measure(model, work, names[-7:-6], budget)  # what torch itself takes at first use
+    before = plan.memory_used("cpu")
+    if whole:
+        farss.kfac_factors(model, work, names)
+        return plan.memory_used("cpu") - before
+    farss.measure(model, work, names, budget)
+    return plan.memory_used("cpu") - before
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+# row: (this project, its peer, the peer's name)
+ROWS = {
+    "training": (train_here, train_peft, "transformers + peft"),
+    "generation": (generate_here, generate_transformers, "transformers"),
+    "initialisation": (initialise_by_sweep, initialise_whole, "all factors at once"),
+}
+
+
+def fresh(*arguments: str, **environment: str) -> dict[str, float]:
+    """One measurement in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True,
+                          env=os.environ | environment)
     if done.returncode:
-        sys.exit(f"bench.py: {row}, side {side}: {done.stderr.strip().splitlines()[-1]}")
+        line = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        sys.exit(f"bench.py: {' '.join(arguments)}: {line}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def beside_peers(folder: str, rows: list[str], rounds: int) -> None:
+    print(f"{'':26}{'here':>10}{'peer':>10}{'ratio':>8}")
+    for row in rows:
+        runs = [[fresh(folder, "--measure", row, str(side)) for side in (0, 1)]
+                for _ in range(rounds)]
+        for what in ("tokens/s", "peak GB"):
+            here, there = (statistics.median(r[side][what] for r in runs) for side in (0, 1))
+            ratio = statistics.median(r[0][what] / r[1][what] for r in runs)
+            print(f"{row + ', ' + what:26}{here:>10.2f}{there:>10.2f}{ratio:>8.2f}  "
+                  f"peer: {ROWS[row][2]}", flush=True)
+
+
+def along_blocks() -> None:
+    print(f"{'blocks':>8}{'sweep, MB added':>18}{'all factors at once':>22}")
+    # Freed memory goes back to the system at once; else the peak would tell of malloc's free lists.
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    for blocks in BLOCKS:
+        added = [fresh("--grown", str(blocks), str(whole), **exact)["bytes"] for whole in (0, 1)]
+        print(f"{blocks:>8}{added[0] / 1e6:>18.0f}{added[1] / 1e6:>22.0f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a Llama checkpoint in Hugging Face form")
+    parser.add_argument("folder", nargs="?", help="a Llama checkpoint in Hugging Face form")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
+    parser.add_argument("--blocks", action="store_true", help="memory against number of blocks")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--grown", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        import train
-
         speed = ROWS[args.measure[0]][int(args.measure[1])](args.folder)
-        print(json.dumps({"tokens/s": speed, "peak GB": train.memory_used("cpu") / 1e9}))
-        return
-    if not os.path.exists(os.path.join(args.folder, "config.json")):
-        parser.error(f"{args.folder}: no config.json there")
-    print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"median of {args.rounds} rounds")
-    print(f"{'':24}{'here':>10}{'transformers + peft':>22}{'ratio':>8}")
-    for row in args.rows:
-        rounds = [[measure(row, side, args.folder) for side in (0, 1)]
-                  for _ in range(args.rounds)]
-        for what in ("tokens/s", "peak GB"):
-            here, there = (statistics.median(r[side][what] for r in rounds) for side in (0, 1))
-            ratio = statistics.median(r[0][what] / r[1][what] for r in rounds)
-            print(f"{row + ', ' + what:24}{here:>10.2f}{there:>22.2f}{ratio:>8.2f}", flush=True)
+        print(json.dumps({"tokens/s": speed, "peak GB": plan.memory_used("cpu") / 1e9}))
+    elif args.grown:
+        print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]))}))
+    elif args.blocks:
+        along_blocks()
+    elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):
+        parser.error(f"{args.folder or 'FOLDER'}: no config.json there")
+    else:
+        print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+              f"median of {args.rounds} rounds")
+        beside_peers(args.folder, args.rows, args.rounds)
 
 
 if __name__ == "__main__":

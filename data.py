@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import IGNORE, Tokenizer, UserError, hub_download
+from checkpoint import Tokenizer, UserError, hub_download
+from model import IGNORE
 
-# The prompt of the official code; the response follows with no space, then EOS.
+# The prompt of the official code.
 PROMPT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
@@ -35,7 +36,21 @@ SOURCES = {
                 "nq_open/validation-00000-of-00001.parquet", "CC BY-SA 3.0"),
     "webqs": ("stanfordnlp/web_questions", "data/test-00000-of-00001.parquet", "CC BY 4.0"),
 }
-TASKS = {"math": "metamath"}  # task: what it trains on unless --data says otherwise
+
+
+class Task(NamedTuple):
+    """What a task trains on unless told otherwise, and what measures it (benchmarks.py)."""
+
+    source: str  # of SOURCES
+    prompt: str  # with {instruction}; the response follows with no space, then EOS
+    group: str  # the benchmarks behind T (Eq. 37)
+    knowledge: str = "world knowledge"  # the benchmarks behind K (Eq. 36)
+    about: str = ""  # for --help
+
+
+TASKS = {
+    "math": Task("metamath", PROMPT, "math", about="MetaMathQA"),
+}
 
 QUESTION = ("query", "question", "instruction", "qText")
 ANSWER = ("response", "answer", "output", "answers")
@@ -95,7 +110,7 @@ def read_file(path: Path) -> Iterator[Row]:
         with opened(path, "rt", encoding="utf-8") as file:
             if name.endswith(".jsonl"):
                 numbered = ((i, line) for i, line in enumerate(file, 1) if line.strip())
-                yield from (parse(line, f"{path}:{i}") for i, line in numbered)
+                yield from (parse_line(line, f"{path}:{i}") for i, line in numbered)
                 return
             rows = json.load(file)
     except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -108,7 +123,7 @@ def read_file(path: Path) -> Iterator[Row]:
         yield Row(row, f"{path}: row {i}")
 
 
-def parse(line: str, where: str) -> Row:
+def parse_line(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -139,7 +154,7 @@ class Example(NamedTuple):
     """Token ids of prompt + response + EOS, and how many of them are the prompt."""
 
     ids: list[int]
-    prompt: int
+    prompt_length: int
 
 
 def metamath_answer(answer: str) -> str:
@@ -156,14 +171,15 @@ def question_and_response(row: Row) -> tuple[str, str]:
     return row.get(QUESTION), metamath_answer(row.get(ANSWER))
 
 
-def tokenise(tokenizer: Tokenizer, question: str, response: str, max_length: int) -> Example | None:
+def tokenise(tokenizer: Tokenizer, question: str, response: str, max_length: int,
+             prompt: str = PROMPT) -> Example | None:
     """The training sequence, cut after max_length tokens; None if no response token is left.
 
     The prompt's length is that of the prompt tokenised alone, as in the official code.
     """
-    prompt = PROMPT.format(instruction=question)
-    ids = [*tokenizer.encode(prompt + response), tokenizer.eos_id][:max_length]
-    length = len(tokenizer.encode(prompt))
+    asked = prompt.format(instruction=question)
+    ids = [*tokenizer.encode(asked + response), tokenizer.eos_id][:max_length]
+    length = len(tokenizer.encode(asked))
     return Example(ids, length) if length < len(ids) else None
 
 
@@ -180,8 +196,8 @@ class TrainingSet:
 
 
 def training_set(rows: list[Row], tokenizer: Tokenizer, examples: int, max_length: int,
-                 seed: int) -> TrainingSet:
-    """`examples` rows chosen at random (all, if there are fewer), tokenised.
+                 seed: int, prompt: str = PROMPT) -> TrainingSet:
+    """`examples` rows chosen at random (all, if there are fewer), tokenised under the prompt.
 
     Raises UserError if no row has a response token within max_length.
     """
@@ -190,7 +206,7 @@ def training_set(rows: list[Row], tokenizer: Tokenizer, examples: int, max_lengt
     for i in tqdm(chosen, desc="tokenising", leave=False, disable=None, delay=2):
         question, response = question_and_response(rows[i])
         digest.update(json.dumps([question, response]).encode())
-        example = tokenise(tokenizer, question, response, max_length)
+        example = tokenise(tokenizer, question, response, max_length, prompt)
         if example is None:
             dropped += 1
         else:
@@ -209,9 +225,9 @@ def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> 
     t = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), t, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
-    for i, (tokens, prompt) in enumerate(examples):
+    for i, (tokens, prompt_length) in enumerate(examples):
         ids[i, : len(tokens)] = torch.tensor(tokens)
-        labels[i, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
+        labels[i, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
         mask[i, : len(tokens)] = 1
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -7,7 +7,8 @@
 Writes results.json, and eval/BENCHMARK.jsonl with every prompt, output and verdict, into the run's
 folder, for an untouched model into runs/<model>-base.
 
-Benchmarks (knowledge: nq_open, webqs; task math: gsm8k), each by the paper's protocol:
+Benchmarks (knowledge: nq_open, webqs; task math: gsm8k), each by the paper's protocol; they are
+the rows of benchmarks.py:
     gsm8k    the training prompt + " Let's think step by step.", greedy, number after the last
              "The answer is: "; also the mean loss of the reference answers (nats per token)
     nq_open  zero-shot, greedy up to "\\n", "." or ",", exact match with any answer (lm_eval)
@@ -17,27 +18,34 @@ Benchmarks (knowledge: nq_open, webqs; task math: gsm8k), each by the paper's pr
 import argparse
 import json
 import math
-import re
-import string
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import model as M
-import train
-
-KNOWLEDGE = ("nq_open", "webqs")
-TASK = {"math": ("gsm8k",)}
-SOURCE = {"gsm8k": "gsm8k-test", "nq_open": "nq_open", "webqs": "webqs"}
+from benchmarks import BENCHMARKS, Benchmark, of_task
+from checkpoint import UserError
+from settings import (
+    DTYPES,
+    Parser,
+    Settings,
+    finished,
+    is_run,
+    model_name,
+    provenance,
+    read_run,
+    run_main,
+)
 
 # Printed scores (%) of the untouched and the fully fine-tuned models: Tables 2a and 10.
-PAPER = {
+PAPER_SCORES = {
     ("llama2-7b", "math"): (dict(nq_open=14.99, webqs=5.86), dict(gsm8k=50.19)),
     ("mistral-7b-v0.3", "math"): (dict(nq_open=20.53, webqs=8.46), dict(gsm8k=67.55)),
     ("llama3-8b", "math"): (dict(nq_open=13.71, webqs=13.73), dict(gsm8k=77.78)),
@@ -49,7 +57,7 @@ PAPER = {
 
 def mean_ratio(scores: dict[str, float], reference: dict[str, float]) -> float:
     if scores.keys() != reference.keys() or not scores:
-        raise M.UserError(f"scores of {sorted(scores)} cannot be compared with scores of "
+        raise UserError(f"scores of {sorted(scores)} cannot be compared with scores of "
                           f"{sorted(reference)}")
     if not all(reference.values()):
         return math.nan
@@ -77,7 +85,20 @@ def harmonic_mean(K: float, T: float) -> float:
     return 0.0 if K == T == 0 else 2 * K * T / (K + T)
 
 
-# ------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------ protocols
+
+
+class Question(NamedTuple):
+    """One question of a benchmark, as the model is asked it."""
+
+    prompt: str
+    gold: Any
+
+
+def questions(name: str, rows: list[data.Row]) -> list[Question]:
+    """The rows of a benchmark as questions; UserError for a row that cannot be one."""
+    row = BENCHMARKS[name]
+    return [Question(row.prompt(r), row.gold(r)) for r in rows]
 
 
 def cut(text: str, stops: Iterable[str]) -> str:
@@ -87,90 +108,28 @@ def cut(text: str, stops: Iterable[str]) -> str:
     return text
 
 
-def number_after_marker(text: str) -> str | None:
-    """What follows the last "The answer is: ", stripped; None without the marker."""
-    _, marker, after = text.rpartition("The answer is: ")
-    return after.strip() if marker else None
-
-
-def gsm8k_strict(answer: str | None, gold: str) -> bool:
-    """The first number in the answer is exactly the gold number.
-
-    Thousands separators and a leading $ are read; a fraction counts as its value.
-    """
-    found = re.search(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+(?:\.\d+)?)?", answer or "")
-    if not found:
-        return False
-    over, _, under = found[0].replace(",", "").partition("/")
-    denominator = Fraction(under.strip() or "1")
-    return denominator != 0 and (Fraction(over.strip()) / denominator
-                                 == Fraction(gold.replace(",", "")))
-
-
-def gsm8k_official(answer: str | None, gold: str) -> bool:
-    """The rule of the official code, which rounds to a whole number and takes answers that are
-    100 times too large or too small, or off by 0.01 %, for right."""
-    found = re.search(r"[\-+]?\d*[\.,/]?\d+", answer or "")
-    if not found:
-        return False
-    text = found[0]
-    if "/" in text:
-        over, under = text.split("/")
-        # A denominator "0" alone gives the numerator; "00" would crash the official script.
-        value = float(over or 0) if not float(under) else float(Fraction(over) / Fraction(under))
-    else:
-        value = float(text.replace(",", ""))
-    predicted, right = round(value), round(float(gold.replace(",", "")))
-    return any(math.isclose(predicted, right * factor, rel_tol=1e-4) for factor in (1, 0.01, 100))
-
-
-ARTICLES = re.compile(r"\b(?:The |the |An |A |The |a |an )")
-
-
-def exact_match(text: str, answers: Iterable[str], articles: bool = True) -> bool:
-    """lm_eval's exact_match with ignore_case and ignore_punctuation, against any answer.
-
-    `articles` also deletes them first, wherever they stand (nq_open's rule); before lower-casing,
-    so that "THE " stays. Leading white space of the output is ignored, trailing is not.
-    """
-
-    def normal(s: str) -> str:
-        s = ARTICLES.sub("", s) if articles else s
-        return s.lower().translate(str.maketrans("", "", string.punctuation))
-
-    return normal(text.lstrip()) in {normal(a) for a in answers}
-
-
-def without_extensions(answers: Iterable[str]) -> list[str]:
-    """Sorted answers without those that begin with the one kept before: lm_eval's webqs rule."""
-    kept: list[str] = []
-    for answer in sorted(answers):
-        if not kept or not answer.startswith(kept[-1]):
-            kept.append(answer)
-    return kept
-
-
-# ------------------------------------------------------------------------------------ benchmarks
-
-
 @dataclass
 class Evaluator:
     """A model with its tokenizer and the settings of an evaluation."""
 
     model: M.Llama
-    tokenizer: M.Tokenizer
+    tokenizer: checkpoint.Tokenizer
     batch_size: int = 16
-    max_new_tokens: int | None = None  # None: the protocol's own
-    bos: str = "harness"  # harness: lm_eval's rule; always; never
-    scoring: str = "strict"
+    max_new_tokens: int | None = None  # None: the benchmark's own
+    bos: str = "harness"  # harness: the benchmark's rule; always; never
+    scoring: str = "strict"  # or official: the official code's rule, where it has one
 
-    def harness_bos(self) -> bool:
+    def ask(self, name: str, asked: list[Question]) -> list[dict]:
+        """One record per question: prompt, gold, verdict, and what led to it."""
+        return PROTOCOLS[BENCHMARKS[name].protocol](self, name, asked)
+
+    def with_bos(self, row: Benchmark) -> bool:
         """lm_eval encodes without BOS, except for Gemma."""
-        if self.bos == "harness":
-            return self.model.config.model_type.startswith("gemma")
-        return self.bos == "always"
+        if row.bos == "always" or self.bos == "always":
+            return True
+        return self.bos == "harness" and self.model.config.model_type.startswith("gemma")
 
-    def complete(self, prompts: list[str], limit: int, stops: tuple[str, ...], bos: bool,
+    def completions(self, prompts: list[str], limit: int, stops: tuple[str, ...], bos: bool,
                  desc: str) -> list[str]:
         """Greedy completions, cut at the first stop string, in the order of the prompts."""
         ids = [self.tokenizer.encode(p, bos) for p in prompts]
@@ -183,35 +142,16 @@ class Evaluator:
 
         for batch in tqdm(batches, desc=desc, leave=False, disable=None):
             new = M.generate(self.model, [ids[i] for i in batch], self.max_new_tokens or limit,
-                             self.tokenizer.eos_ids, stop)
+                             self.tokenizer.eos_ids, stop if stops else None)
             for i, tokens in zip(batch, new, strict=True):
                 out[i] = cut(self.tokenizer.decode(tokens), stops)
         return out
 
-    def gsm8k(self, rows: list[data.Row]) -> tuple[list[dict], dict]:
-        stops = ("Instruction:", "Instruction", "Response:", "Response")
-        ask = " Let's think step by step."
-        prompts = [data.PROMPT.format(instruction=r.get(data.QUESTION)) + ask for r in rows]
-        judge = gsm8k_official if self.scoring == "official" else gsm8k_strict
-        golds = []
-        for row in rows:
-            gold = row.get(data.ANSWER).rpartition("#### ")[2].strip()
-            if not re.fullmatch(r"-?[\d,]*\d(\.\d+)?", gold):
-                raise M.UserError(f"{row.where}: the answer does not end in '#### number'")
-            golds.append(gold)
-        outputs = self.complete(prompts, 1024, stops, True, "gsm8k")
-        records = []
-        for gold, prompt, output in zip(golds, prompts, outputs, strict=True):
-            answer = number_after_marker(output)
-            records.append({"prompt": prompt, "output": output, "extracted": answer,
-                            "gold": gold, "correct": judge(answer, gold)})
-        return records, {"answer_loss": self.answer_loss(rows)}
-
     @torch.inference_mode()
-    def answer_loss(self, rows: list[data.Row]) -> float:
-        """Mean loss (nats per token) of the reference answers under the training prompt."""
-        examples = [data.tokenise(self.tokenizer, *data.question_and_response(r), 512)
-                    for r in rows]
+    def answer_loss(self, rows: list[data.Row], task: str) -> float:
+        """Mean loss (nats per token) of the reference answers under the task's prompt."""
+        examples = [data.tokenise(self.tokenizer, *data.question_and_response(r), 512,
+                                  data.TASKS[task].prompt) for r in rows]
         total, count = 0.0, 0
         kept = [e for e in examples if e]
         for batch in tqdm(data.batches_by_length(kept, lambda e: len(e.ids), 8),
@@ -220,38 +160,50 @@ class Evaluator:
             total, count = total + nll.item(), count + n
         return total / count
 
-    def nq_open(self, rows: list[data.Row]) -> tuple[list[dict], dict]:
-        prompts = [f"Answer these questions:\n\nQ: {r.get(data.QUESTION)}?\nA:" for r in rows]
-        outputs = self.complete(prompts, 256, ("\n", ".", ","), self.harness_bos(), "nq_open")
-        return [{"prompt": p, "output": o, "gold": r.get(data.ANSWER, list),
-                 "correct": exact_match(o, r.get(data.ANSWER, list))}
-                for r, p, o in zip(rows, prompts, outputs, strict=True)], {}
 
-    @torch.inference_mode()
-    def webqs(self, rows: list[data.Row]) -> tuple[list[dict], dict]:
-        records, pairs = [], []
-        for i, row in enumerate(rows):
-            prompt = f"Question: {row.get(data.QUESTION)}\nAnswer:"
-            answers = without_extensions(row.get(data.ANSWER, list))
-            records.append({"prompt": prompt, "gold": answers, "matched": []})
-            length = len(self.tokenizer.encode(prompt, self.harness_bos()))
-            for answer in answers:
-                whole = self.tokenizer.encode(f"{prompt} {answer}", self.harness_bos())
-                pairs.append((i, answer, data.Example(whole, length)))
-        batches = data.batches_by_length(pairs, lambda p: len(p[2].ids), 4 * self.batch_size)
-        for batch in tqdm(batches, desc="webqs", leave=False, disable=None):
-            inputs = data.collate([p[2] for p in batch], self.model.lm_head.weight.device)
-            hidden, target = self.model.labelled(inputs["input_ids"], inputs["labels"])
-            hit = (self.model.lm_head(hidden).argmax(-1) == target).tolist()
-            for i, answer, example in batch:
-                n = len(example.ids) - example.prompt
-                here, hit = hit[:n], hit[n:]
-                if all(here):
-                    records[i]["matched"].append(answer)
-        for record in records:
-            record["correct"] = bool(record["matched"])
-        return records, {}
+def complete(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
+    """Generate greedily, extract the answer, judge it."""
+    row = BENCHMARKS[name]
+    official = evaluator.scoring == "official" and row.official is not None
+    judge = row.official if official else row.judge
+    outputs = evaluator.completions([q.prompt for q in asked], row.new_tokens, row.stops,
+                                 evaluator.with_bos(row), name)
+    records = []
+    for q, output in zip(asked, outputs, strict=True):
+        answer = row.extract(output) if row.extract else output
+        records.append({"prompt": q.prompt, "output": output, "extracted": answer,
+                        "gold": q.gold, "correct": judge(answer, q.gold)})
+    return records
 
+
+@torch.inference_mode()
+def greedy_match(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
+    """Right when every token of some gold answer is the model's first choice."""
+    tokenizer, model = evaluator.tokenizer, evaluator.model
+    bos = evaluator.with_bos(BENCHMARKS[name])
+    records, pairs = [], []
+    for i, q in enumerate(asked):
+        records.append({"prompt": q.prompt, "gold": q.gold, "matched": []})
+        length = len(tokenizer.encode(q.prompt, bos))
+        for answer in q.gold:
+            whole = tokenizer.encode(f"{q.prompt} {answer}", bos)
+            pairs.append((i, answer, data.Example(whole, length)))
+    batches = data.batches_by_length(pairs, lambda p: len(p[2].ids), 4 * evaluator.batch_size)
+    for batch in tqdm(batches, desc=name, leave=False, disable=None):
+        inputs = data.collate([p[2] for p in batch], model.lm_head.weight.device)
+        hidden, target = model.labelled(inputs["input_ids"], inputs["labels"])
+        hit = (model.lm_head(hidden).argmax(-1) == target).tolist()
+        for i, answer, example in batch:
+            n = len(example.ids) - example.prompt_length
+            here, hit = hit[:n], hit[n:]
+            if all(here):
+                records[i]["matched"].append(answer)
+    for record in records:
+        record["correct"] = bool(record["matched"])
+    return records
+
+
+PROTOCOLS = {"complete": complete, "greedy_match": greedy_match}
 
 # --------------------------------------------------------------------------------------- results
 
@@ -262,28 +214,29 @@ class Target:
 
     folder: Path  # of the model's files
     run: Path | None
-    settings: train.Settings | None
+    settings: Settings | None
     about: dict  # for results.json
 
     @property
     def home(self) -> Path:
         """Where its results go."""
-        return self.run or Path("runs") / f"{train.model_name(self.about['model'])}-base"
+        return self.run or Path("runs") / f"{model_name(self.about['model'])}-base"
 
 
 def find_target(target: str) -> Target:
     """A run folder, or a model by folder, short name or hub id; nothing is loaded yet."""
     run = Path(target)
-    if not (run / "config.json").exists() or "settings" not in M.read_json(run / "config.json"):
+    if not is_run(run):
         about = {"model": target, "method": "base", "task": None, "seed": None}
-        return Target(M.fetch(target), None, None, about)
-    s, config = train.read_run(run)
-    if not train.finished(run):
-        raise M.UserError(f"{run} is not finished; go on with: python train.py --resume {run}")
+        return Target(checkpoint.fetch(target), None, None, about)
+    s, recorded = read_run(run)
+    if not finished(run):
+        raise UserError(f"{run} is not finished; go on with: python train.py --resume {run}")
     about = {k: getattr(s, k) for k in ("model", "method", "task", "seed")}
-    about |= {"settings": asdict(s), "trained_with": {k: v for k, v in config.items()
+    about |= {"settings": asdict(s), "trained_with": {k: v for k, v in recorded.items()
                                                       if k != "settings"}}
-    return Target(run / "model" if s.method == "full" else M.fetch(s.model), run, s, about)
+    tuned = s.how.trains == "weights"
+    return Target(run / "model" if tuned else checkpoint.fetch(s.model), run, s, about)
 
 
 def load_target(target: Target, dtype: str | None, device: str | None) -> M.Llama:
@@ -293,11 +246,11 @@ def load_target(target: Target, dtype: str | None, device: str | None) -> M.Llam
     lose what training changed.
     """
     s = target.settings
-    model = M.load(target.folder, train.DTYPES.get(dtype or (s.dtype if s else None)), device)
-    if s and s.method == "full":
+    model = checkpoint.load(target.folder, DTYPES.get(dtype or (s.dtype if s else None)), device)
+    if s and s.how.trains == "weights":
         target.about["trainable"] = sum(p.numel() for p in model.parameters())
     elif s:
-        M.load_adapter(model, target.run / "adapter.safetensors")
+        checkpoint.load_adapter(model, target.run / "adapter.safetensors")
         trained = [p for p in model.parameters() if p.requires_grad]
         target.about["trainable"] = sum(p.numel() for p in trained)
         if model.lm_head.weight.dtype == torch.float32:
@@ -309,17 +262,22 @@ def read_results(path: str | Path) -> dict:
     """results.json of a run folder, or of the file itself."""
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
-    results = M.read_json(path)
+    results = checkpoint.read_json(path)
     if not isinstance(results.get("benchmarks"), dict):
-        raise M.UserError(f"{path}: not a results.json of eval.py")
+        raise UserError(f"{path}: not a results.json of eval.py")
     return results
+
+
+def task_of(about: dict) -> str:
+    """The task of a run; of an untouched model the one that it would be trained on."""
+    return about["task"] or Settings.task
 
 
 def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
     """The paper's scores of a model before and after full fine-tuning; UserError without any."""
-    row = PAPER.get((about["model"], about["task"] or "math"))
+    row = PAPER_SCORES.get((about["model"], task_of(about)))
     if row is None:
-        raise M.UserError(f"the paper prints no scores of {about['model']} for {about['task']}; "
+        raise UserError(f"the paper prints no scores of {about['model']} for {about['task']}; "
                           "give a results file")
     return row
 
@@ -337,10 +295,10 @@ def reference(results: dict, source: str, which: int, benchmarks: tuple[str, ...
     for b in benchmarks:
         mine = results["benchmarks"][b]
         if b not in other:
-            raise M.UserError(f"{source}: has no {b}")
+            raise UserError(f"{source}: has no {b}")
         for key in ("n", "scoring", "bos", "max_new_tokens"):
             if other[b].get(key) != mine.get(key):
-                raise M.UserError(f"{source}: its {b} has {key} {other[b].get(key)}, this one "
+                raise UserError(f"{source}: its {b} has {key} {other[b].get(key)}, this one "
                                   f"{mine.get(key)}; the two cannot be compared")
     return {b: other[b]["score"] for b in benchmarks}
 
@@ -348,8 +306,9 @@ def reference(results: dict, source: str, which: int, benchmarks: tuple[str, ...
 def summarise(results: dict, base: str | None, full: str | None) -> dict[str, float | None]:
     """K, T, KT where their references are given, and Avg, for results.json."""
     scores = {b: r["score"] for b, r in results["benchmarks"].items()}
-    known = tuple(b for b in KNOWLEDGE if b in scores)
-    task = tuple(b for b in TASK[results["task"] or "math"] if b in scores)
+    task_row = data.TASKS[task_of(results)]
+    known = tuple(b for b in scores if BENCHMARKS[b].group == task_row.knowledge)
+    task = tuple(b for b in scores if BENCHMARKS[b].group == task_row.group)
     summary: dict[str, float | None] = {"Avg": sum(scores.values()) / len(scores)}
     if base and known:
         summary["K"] = knowledge_score({b: scores[b] for b in known},
@@ -371,7 +330,8 @@ def table(runs: list[dict]) -> Iterable[str]:
         cells = [f"{r['benchmarks'][b]['score']:.2f}" if b in r["benchmarks"] else "-"
                  for b in benchmarks]
         if has_loss:
-            loss = r["benchmarks"].get("gsm8k", {}).get("answer_loss")
+            loss = next((b["answer_loss"] for b in r["benchmarks"].values()
+                         if "answer_loss" in b), None)
             cells.append("-" if loss is None else f"{loss:.4f}")
         for k in ("Avg", "K", "T", "KT"):
             value = r["summary"].get(k, "-")
@@ -384,11 +344,11 @@ def table(runs: list[dict]) -> Iterable[str]:
 # ------------------------------------------------------------------------------------------ main
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = train.Parser(description=__doc__, allow_abbrev=False,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
+def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument("target", nargs="?", help="run folder, short name, hub id, model folder")
-    parser.add_argument("--benchmarks", default="gsm8k,nq_open,webqs", help="default %(default)s")
+    parser.add_argument("--benchmarks", help="of " + ",".join(BENCHMARKS) + " (default: those of "
+                        "the run's task)")
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=FILE", help="local files, "
                         "for example --data gsm8k=test.jsonl (default: from the hub)")
     parser.add_argument("--limit", type=int, help="only the first questions of each benchmark")
@@ -405,7 +365,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         "tuning, for K (default: runs/<model>-base, if it is there)")
     parser.add_argument("--full-results", metavar="paper|FILE|RUN", help="scores of full fine-"
                         "tuning, for T")
-    parser.add_argument("--dtype", choices=tuple(train.DTYPES), help="default: the run's; for a "
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the run's; for a "
                         "model float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
@@ -417,26 +377,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    args.benchmarks = args.benchmarks.split(",")
-    unknown = [b for b in args.benchmarks if b not in SOURCE]
+    args.benchmarks = args.benchmarks.split(",") if args.benchmarks else None
+    unknown = [b for b in args.benchmarks or [] if b not in BENCHMARKS]
     if unknown:
-        parser.error(f"--benchmarks {unknown[0]}: there are {', '.join(SOURCE)}")
+        parser.error(f"--benchmarks {unknown[0]}: there are {', '.join(BENCHMARKS)}")
     args.data = dict(item.partition("=")[::2] for item in args.data)
-    wrong = [n for n, file in args.data.items() if n not in SOURCE or not file]
+    wrong = [n for n, file in args.data.items() if n not in BENCHMARKS or not file]
     if wrong:
-        parser.error(f"--data {wrong[0]}: write NAME=FILE with NAME one of {', '.join(SOURCE)}")
+        parser.error(f"--data {wrong[0]}: write NAME=FILE with NAME one of "
+                     + ", ".join(BENCHMARKS))
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = evaluation_arguments(argv)
     if args.table:
         print("\n".join(table([read_results(run) for run in args.table])))
         return
     target = find_target(args.target)
     about = target.about
     # A run is compared with its base model's results where they are.
-    base = Path("runs") / f"{train.model_name(about['model'])}-base"
+    base = Path("runs") / f"{model_name(about['model'])}-base"
     base = args.base_results or (str(base) if (base / "results.json").exists() else None)
     base = base if target.run else None
     for source in (base, args.full_results):  # refuse what is not there before the long work
@@ -444,24 +405,28 @@ def main(argv: list[str] | None = None) -> None:
             paper_row(about)
         elif source:
             read_results(source)
-    rows = {b: data.read_rows(args.data.get(b, SOURCE[b]))[: args.limit] for b in args.benchmarks}
+    rows = {b: data.read_rows(args.data.get(b, BENCHMARKS[b].source))[: args.limit]
+            for b in args.benchmarks or of_task(task_of(about))}
+    asked = {b: questions(b, r) for b, r in rows.items()}
     model = load_target(target, args.dtype, args.device)
     out = args.out or target.home
-    tokenizer = M.Tokenizer(target.folder, model.config)
+    tokenizer = checkpoint.Tokenizer(target.folder, model.config)
     evaluator = Evaluator(model, tokenizer, args.batch_size, args.max_new_tokens, args.bos,
                           args.scoring)
     results = about | {"benchmarks": {}, "dtype": str(model.lm_head.weight.dtype),
-                       "batch_size": args.batch_size} | train.provenance()
-    for benchmark in args.benchmarks:
-        began = time.perf_counter()
-        records, more = getattr(evaluator, benchmark)(rows[benchmark])
+                       "batch_size": args.batch_size} | provenance()
+    for benchmark in rows:
+        began, row = time.perf_counter(), BENCHMARKS[benchmark]
+        records, more = evaluator.ask(benchmark, asked[benchmark]), {}
+        if row.loss_under:
+            more["answer_loss"] = evaluator.answer_loss(rows[benchmark], row.loss_under)
         (out / "eval").mkdir(parents=True, exist_ok=True)
-        with M.atomic(out / "eval" / f"{benchmark}.jsonl") as temporary:
+        with checkpoint.atomic(out / "eval" / f"{benchmark}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps({"id": i} | r) + "\n"
                                          for i, r in enumerate(records)))
         correct = sum(r["correct"] for r in records)
         settings = {"bos": args.bos, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
-                    "scoring": args.scoring if benchmark == "gsm8k" else None}
+                    "scoring": args.scoring if row.official else None}
         results["benchmarks"][benchmark] = {
             "score": 100 * correct / len(records), "correct": correct, "n": len(records), **more,
             "seconds": round(time.perf_counter() - began, 1), **settings}
@@ -471,9 +436,9 @@ def main(argv: list[str] | None = None) -> None:
     for references in ((None, None), (base, args.full_results)):
         # First without, so that references that do not fit cost no result.
         results["summary"] = summarise(results, *references)
-        M.save_json(out / "results.json", results)
+        checkpoint.save_json(out / "results.json", results)
     print("\n".join(table([results])))
 
 
 if __name__ == "__main__":
-    train.run_main(main)
+    run_main(main)

@@ -24,7 +24,11 @@ Glossary (name, symbol, equation)
     shallow, deep            E, D        blocks below and from the boundary on              3.1
     scaling                  α/R         one constant for all layers of a run               A.2.1
 
-Tensors in, tensors out: no files, flags, devices or printing here.
+On a model: `measure` sweeps through the blocks and leaves of each layer its importance and its
+candidate directions; `build_adapters` then decides the ranks and cuts the adapters.
+`kfac_factors` is the plain way to the factors, of any model; `sweep` the one with little memory.
+
+Tensors in, tensors out: no files, flags or printing here.
 """
 
 import math
@@ -32,12 +36,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model import at_least_fp32, evaluating
+
 EPSILON = 1e-12  # Eq. 9, relative to the sum of the importances
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each (b, t)
+Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each (b, t), padded on the right
+Factors = dict[str, tuple[Tensor, Tensor]]  # layer: (Σ_h, Σ_δ)
+Loss = Callable[[Any, Batch], Tensor]  # of a model and a batch; a scalar
 
 # ------------------------------------------------ section 3.2: Kronecker factors of the Fisher
 
@@ -47,7 +56,7 @@ class FactorSums:
     """Running sums behind Σ_h and Σ_δ while `kfac_hooks` is open.
 
     Layers that read the same tensor (q, k, v; gate, up) share one Σ_h: `owner` names the layer
-    that holds it. Read only; divide by `tokens` through `factors()`.
+    that holds it. `factors()`, once at the end, makes means of the sums.
     """
 
     hh: dict[str, Tensor] = field(default_factory=dict)  # Σ_t h hᵀ   (n, n), by owner
@@ -68,29 +77,30 @@ class FactorSums:
             self.owner[name] = self.seen[1]
             return
         self.seen, self.owner[name] = (h, name), name
-        real = accumulator_dtype(h.detach()[self.mask])  # (tokens, n)
+        real = at_least_fp32(h.detach()[self.mask])  # (tokens, n)
         add_outer(self.hh, name, real)
         start = self.mask.int().argmax(dim=1)  # first real token of each sequence
         first = h.detach()[torch.arange(len(h), device=h.device), start]
-        self.first[name] = self.first.get(name, 0) + accumulator_dtype(first).pow(2).sum()
+        self.first[name] = self.first.get(name, 0) + at_least_fp32(first).pow(2).sum()
 
     def add_gradient(self, name: str, delta: Tensor) -> None:
-        add_outer(self.dd, name, accumulator_dtype(delta[self.mask]))
+        add_outer(self.dd, name, at_least_fp32(delta[self.mask]))
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{name: (Σ_h, Σ_δ)}, each sum divided by the number of real tokens."""
-        mean_hh = {owner: hh / self.tokens for owner, hh in self.hh.items()}
-        return {n: (mean_hh[self.owner[n]], self.dd[n] / self.tokens) for n in self.dd}
+    def factors(self) -> Factors:
+        """{name: (Σ_h, Σ_δ)}: each sum divided, in place, by the number of real tokens.
+
+        Raises ValueError when there was none.
+        """
+        if self.tokens == 0:
+            raise ValueError("no calibration token: the batches are empty or fully padded")
+        for total in (*self.hh.values(), *self.dd.values(), *self.first.values()):
+            total /= self.tokens  # in place: a second copy would double the memory
+        return {n: (self.hh[self.owner[n]], self.dd[n]) for n in self.dd}
 
     def first_token_share(self) -> dict[str, float]:
         """Part of Tr Σ_h that stands at the first token (BOS), which can be most of it."""
         share = {n: (self.first[n] / hh.trace()).item() for n, hh in self.hh.items()}
         return {n: share[owner] for n, owner in self.owner.items()}
-
-
-def accumulator_dtype(x: Tensor) -> Tensor:
-    """fp32, or fp64 where it already is: sums of bf16 products would stop growing."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def add_outer(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
@@ -110,7 +120,6 @@ def kfac_hooks(model: nn.Module, names: Iterable[str]) -> Iterator[FactorSums]:
     """
     sums = FactorSums()
     wanted_grad = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     handles = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -124,39 +133,38 @@ def kfac_hooks(model: nn.Module, names: Iterable[str]) -> Iterator[FactorSums]:
         return hook
 
     try:
-        model.requires_grad_(False).eval()  # no dropout in the statistics
+        model.requires_grad_(False)
         for name in names:
             handles.append(model.get_submodule(name).register_forward_hook(watch(name)))
-        yield sums
+        with evaluating(model):  # no dropout in the statistics
+            yield sums
     finally:
         for handle in handles:
             handle.remove()
         for parameter, wanted in wanted_grad:
             parameter.requires_grad_(wanted)
-        for module, training in modes:
-            module.training = training
+        sums.mask = sums.seen = None
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed negative log-likelihood of a batch's labelled tokens, a scalar."""
+def summed_loss(model: Any, batch: Batch) -> Tensor:
+    """Summed negative log-likelihood of a batch's labelled tokens, a scalar.
+
+    A batch may hold `hidden` besides, the output of the last block, from which to go on.
+    """
     return model.loss(**batch)[0]
 
 
 def collect(sums: FactorSums, model: nn.Module, batches: Iterable[Batch],
-            loss: Callable[[nn.Module, Batch], Tensor] = summed_loss) -> None:
+            loss: Loss = summed_loss) -> None:
     """Run the forward and backward passes that the hooks of `kfac_hooks` listen to."""
     for batch in batches:
         sums.start(batch["attention_mask"])
         with torch.enable_grad():
             loss(model, batch).backward()
-    if sums.tokens == 0:
-        raise ValueError("no calibration token: the batches are empty or fully padded")
-    sums.mask = sums.seen = None
 
 
 def kfac_factors(model: nn.Module, batches: Iterable[Batch], names: Iterable[str],
-                 loss: Callable[[nn.Module, Batch], Tensor] = summed_loss,
-                 ) -> dict[str, tuple[Tensor, Tensor]]:
+                 loss: Loss = summed_loss) -> Factors:
     """Eq. 2 and 24: F ≈ Σ_h ⊗ Σ_δ for every named layer.
 
     Σ_h (n, n) = (1/N) Σ_t h_t h_tᵀ and Σ_δ (m, m) = (1/N) Σ_t δ_t δ_tᵀ over the N real tokens of
@@ -174,21 +182,110 @@ def kfac_factors(model: nn.Module, batches: Iterable[Batch], names: Iterable[str
         return sums.factors()
 
 
-def sampled_loss(generator: torch.Generator | None = None
-                 ) -> Callable[[nn.Module, Batch], Tensor]:
+def sampled_loss(generator: torch.Generator | None = None) -> Loss:
     """Eq. 5 as written: a loss whose labels are drawn from the model, one draw per token.
 
     Its δ gives the Fisher under the model's own distribution, given the data's prefixes.
     """
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        hidden, _ = model.labelled(batch["input_ids"], batch["labels"])
-        logits = accumulator_dtype(model.lm_head(hidden))
+    def loss(model: Any, batch: Batch) -> Tensor:
+        predicting, _ = model.labelled(**{k: v for k, v in batch.items() if k != "attention_mask"})
+        logits = at_least_fp32(model.lm_head(predicting))
         p = logits.detach().softmax(-1)
         drawn = torch.multinomial(p, 1, generator=generator).squeeze(1)
         return nn.functional.cross_entropy(logits, drawn, reduction="sum")
 
     return loss
+
+
+# --------------------------------------- the same factors, one block at a time
+
+
+def block_index(name: str) -> int:
+    """Depth of a layer by its name: 3 for model.layers.3.mlp.up_proj. ValueError if it has none."""
+    found = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
+    if not found:
+        raise ValueError(f"{name} does not stand in a numbered block")
+    return int(found[1])
+
+
+def quiet(items: Iterable, **_: Any) -> Iterable:
+    """The progress bar that shows nothing."""
+    return items
+
+
+def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = summed_loss,
+          keep_on: torch.device | str | None = None, progress: Callable[..., Iterable] = quiet,
+          ) -> Iterator[tuple[Factors, dict[str, float]]]:
+    """kfac_factors block by block, from the last to the first, in the memory of one block.
+
+    As activation checkpointing does it: a forward pass without a graph keeps what goes into each
+    block, on the device `keep_on` (None: where it is). Then each block in turn, for all batches,
+    runs alone from its kept input and backward from the gradient that the block above handed
+    down. Two forward passes and one backward in all, whatever the number of blocks.
+
+    Yields for each block ({name: (Σ_h, Σ_δ)}, {name: share of the first tokens in Tr Σ_h}); what
+    the caller pops from the first dict and drops is freed before the next block begins. Between
+    two blocks the model is as it was. `model` offers `enter`, `blocks` and `loss(..., hidden=)`
+    (see model.Llama). Raises ValueError when there is no token or a name stands in no block.
+    """
+    by_block: dict[int, list[str]] = {}
+    for name in names:
+        by_block.setdefault(block_index(name), []).append(name)
+    lowest = min(by_block, default=len(model.blocks))
+    inputs, contexts = block_inputs(model, progress(batches, desc="forward"), lowest, keep_on)
+    gradients: list[Any] = [None] * len(batches)
+    for i in progress(range(len(model.blocks) - 1, lowest - 1, -1), desc="K-FAC by block"):
+        # Not kept in a name here: that would hold the factors while the next block runs.
+        yield run_block(model, i, by_block.get(i, []), batches, contexts, inputs.pop(), gradients,
+                        loss, i == lowest, keep_on)
+
+
+@torch.no_grad()
+def block_inputs(model: Any, batches: Iterable[Batch], lowest: int,
+                 keep_on: torch.device | str | None
+                 ) -> tuple[list[list[Tensor]], list[tuple]]:
+    """What goes into each block from `lowest` on, [block - lowest][batch], and the contexts."""
+    inputs: list[list[Tensor]] = [[] for _ in model.blocks[lowest:]]
+    contexts = []
+    with evaluating(model):
+        for batch in batches:
+            x, context = model.enter(batch)
+            contexts.append(context)
+            for i, block in enumerate(model.blocks):
+                if i >= lowest:
+                    inputs[i - lowest].append(x if keep_on is None else x.to(keep_on))
+                x = block(x, *context)
+    return inputs, contexts
+
+
+def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contexts: list[tuple],
+              inputs: list[Tensor], gradients: list[Any], loss: Loss, lowest: bool,
+              keep_on: torch.device | str | None) -> tuple[Factors, dict[str, float]]:
+    """Block i forward and backward on all batches, with hooks on its named layers: what sweep
+    yields.
+
+    Uses up `inputs`. `gradients` [batch] holds those at the block's output (but for the last
+    block, whose come from the loss) and is left with those at its input, which nobody needs below
+    the lowest block.
+    """
+    last = i == len(model.blocks) - 1
+    with kfac_hooks(model, names) as sums:
+        for b, batch in enumerate(batches):
+            sums.start(batch["attention_mask"])
+            device = batch["input_ids"].device
+            x = inputs.pop(0).to(device).detach().requires_grad_(not lowest)
+            with torch.enable_grad():
+                y = model.blocks[i](x, *contexts[b])
+                if last:
+                    loss(model, batch | {"hidden": y}).backward()
+                else:
+                    y.backward(gradients[b].to(device))
+            gradients[b] = x.grad if keep_on is None or lowest else x.grad.to(keep_on)
+    return sums.factors(), sums.first_token_share()
+
+
+# ---------------------------------------------------- section 3.2: Fisher importance
 
 
 def quadratic_form(dW: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor) -> Tensor:
@@ -265,7 +362,7 @@ def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     In fp32 at least: bf16 has no SVD, and its 8 bits would mix the lowest directions.
     """
-    return torch.linalg.svd(accumulator_dtype(W), full_matrices=False)
+    return torch.linalg.svd(at_least_fp32(W), full_matrices=False)
 
 
 def lam_gam(U: Tensor, Vh: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor
@@ -315,107 +412,113 @@ def adapter_from_directions(U: Tensor, S: Tensor, Vh: Tensor, index: Tensor,
 # --------------------------------------------------------------- the method, on a model
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Which rank a layer gets: blocks 0 .. shallow-1 share Eq. 10's budget, all others get R.
+
+    Raises ValueError for ranks that cannot be.
+    """
+
+    shallow: int  # |E|, in blocks
+    R: int
+    r_avg: float
+    r_min: int
+    r_max: int
+
+    def __post_init__(self) -> None:
+        allocate_ranks({}, self.r_avg, self.r_min, self.r_max)
+        if self.R < 1:
+            raise ValueError(f"R must be at least 1, not {self.R}")
+
+    def is_shallow(self, name: str) -> bool:
+        return block_index(name) < self.shallow
+
+    def most(self, name: str) -> int:
+        """The largest rank that the layer can get."""
+        return self.r_max if self.is_shallow(name) else self.R
+
+
 @dataclass
-class Layer:
+class Measurement:
+    """What the sweep leaves of one linear layer W (m, n): k candidates, falling in score."""
+
+    importance: float  # I, Eq. 8
+    U: Tensor  # (m, k)
+    S: Tensor  # (k,)
+    Vh: Tensor  # (k, n)
+    first_token_share: float  # part of Tr Σ_h at the first token
+
+
+@dataclass
+class Adapter:
     """What FARSS decided for one linear layer."""
 
     A: Tensor  # (r, n)
     B: Tensor  # (m, r)
     shallow: bool
-    importance: float  # Eq. 8
+    importance: float  # I, Eq. 8
     r_raw: float | None  # Eq. 11; None in deep layers
-    first_token_share: float  # part of Tr Σ_h at the first token
+    first_token_share: float
 
     @property
     def rank(self) -> int:
         return self.A.shape[0]
 
 
-def block_index(name: str) -> int:
-    """Depth of a layer by its name: 3 for model.layers.3.mlp.up_proj. ValueError if it has none."""
-    found = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
-    if not found:
-        raise ValueError(f"{name} does not stand in a numbered block")
-    return int(found[1])
-
-
-def factor_bytes(model: nn.Module, names: Iterable[str]) -> int:
-    """Upper bound on the fp32 bytes of all factors of the named layers (no sharing of Σ_h)."""
-    shapes = [model.get_submodule(name).weight.shape for name in names]
-    return sum(4 * (m * m + n * n) for m, n in shapes)
-
-
-def group_blocks(model: nn.Module, names: list[str], memory: float) -> list[list[str]]:
-    """Consecutive blocks whose factors fit into `memory` bytes together; at least one block."""
-    groups: list[list[str]] = []
-    used = 0
-    for block in sorted({block_index(n) for n in names}):
-        members = [n for n in names if block_index(n) == block]
-        size = factor_bytes(model, members)
-        if groups and used + size <= memory:
-            groups[-1] += members
-            used += size
-        else:
-            groups.append(members)
-            used = size
-    return groups
-
-
-def quiet(items: Iterable, **_) -> Iterable:
-    """The progress bar that shows nothing."""
-    return items
-
-
 @torch.no_grad()
-def initialise(model: nn.Module, batches: list[Batch], names: list[str], *, shallow: int, R: int,
-               r_avg: float, r_min: int, r_max: int, scaling: float = 1.0,
-               loss: Callable[[nn.Module, Batch], Tensor] = summed_loss,
-               memory: float = float("inf"), progress: Callable[..., Iterable] = quiet,
-               ) -> dict[str, Layer]:
-    """FARSS (section 3): the adapters of the named layers; the model is left as it was.
+def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
+            loss: Loss = summed_loss, keep_on: torch.device | str | None = None,
+            progress: Callable[..., Iterable] = quiet) -> dict[str, Measurement]:
+    """First step: every named layer's importance and scored directions; the model stays as it is.
 
-    Layers in blocks 0 .. shallow-1 get the ranks of Eq. 12 and their lowest-scoring directions,
-    all others rank R and their highest; a rank is at most min(m, n). Factors exist for one
-    group of blocks at a time, as many as fit into `memory` bytes, at the price of one more pass
-    over the batches per group. `progress` wraps each loop as tqdm does. Adapters are returned on
-    the CPU in fp32 (fp64 for an fp64 model). Raises ValueError for impossible ranks and for
-    factors that are not finite.
+    A shallow layer's rank depends on the importance of all shallow layers, which is known only
+    after the last of them; until then a layer keeps as many candidate directions as its rank can
+    possibly need, from the end that its depth decides, and its factors go. Candidates are on the
+    CPU, in fp32 (fp64 for an fp64 model). Raises ValueError for factors that are not finite and
+    for a layer that has an adapter already. `keep_on` and `progress` (which wraps loops as tqdm
+    does) are those of `sweep`.
     """
-    allocate_ranks({}, r_avg, r_min, r_max)  # refuse impossible ranks before any work
-    if R < 1:
-        raise ValueError(f"R must be at least 1, not {R}")
-    parts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # the candidates' U, S, Vh, in order
-    importance: dict[str, float] = {}
-    first_share: dict[str, float] = {}
-    groups = group_blocks(model, names, memory)
-    for i, group in enumerate(groups):
-        of = f" {i + 1}/{len(groups)}" if len(groups) > 1 else ""
-        with kfac_hooks(model, group) as sums:
-            collect(sums, model, progress(batches, desc=f"K-FAC factors{of}"), loss)
-            factors, share = sums.factors(), sums.first_token_share()
-        for name in progress(group, desc=f"SVD and scores{of}"):
-            W, (Sigma_h, Sigma_delta) = model.get_submodule(name).weight, factors.pop(name)
-            importance[name] = fisher_importance(W, Sigma_h, Sigma_delta)
-            if not math.isfinite(importance[name]):
-                raise ValueError(f"importance of {name} is {importance[name]}: the weight, an "
-                                 "activation or a gradient is not finite")
-            U, S, Vh = svd(W)
-            s = direction_scores(S, *lam_gam(U, Vh, Sigma_h, Sigma_delta))
-            is_shallow = block_index(name) < shallow
-            limit = min(r_max if is_shallow else R, len(S))
-            index = select_directions(direction_order(s), limit, is_shallow)
-            parts[name] = U[:, index].cpu(), S[index].cpu(), Vh[index].cpu()
-            first_share[name] = share[name]
-
-    shallow_I = {n: importance[n] for n in names if block_index(n) < shallow}
-    r_raw, ranks = raw_ranks(shallow_I, r_avg), allocate_ranks(shallow_I, r_avg, r_min, r_max)
-    layers = {}
     for name in names:
-        U, S, Vh = parts.pop(name)
-        is_shallow = name in ranks
-        r = min(ranks.get(name, R), len(S))
-        index = select_directions(torch.arange(len(S)), r, is_shallow)
-        A, B = adapter_from_directions(U, S, Vh, index, scaling)
-        layers[name] = Layer(A, B, is_shallow, importance[name], r_raw.get(name),
-                             first_share[name])
-    return layers
+        if not isinstance(model.get_submodule(name), nn.Linear):
+            raise ValueError(f"{name} is no plain nn.Linear: it has an adapter; merge() it first")
+    found: dict[str, Measurement] = {}
+    for factors, share in sweep(model, batches, names, loss, keep_on, progress):
+        for name in list(factors):
+            W = model.get_submodule(name).weight
+            found[name] = measure_layer(name, W, *factors.pop(name), budget, share[name])
+    return {name: found[name] for name in names}
+
+
+def measure_layer(name: str, W: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor, budget: Budget,
+                  first_token_share: float) -> Measurement:
+    """Eq. 8 and 13-15 for one layer: its importance, and its candidates by score."""
+    importance = fisher_importance(W, Sigma_h, Sigma_delta)
+    if not math.isfinite(importance):
+        raise ValueError(f"importance of {name} is {importance}: the weight, an activation or a "
+                         "gradient is not finite")
+    U, S, Vh = svd(W)
+    s = direction_scores(S, *lam_gam(U, Vh, Sigma_h, Sigma_delta))
+    index = select_directions(direction_order(s), min(budget.most(name), len(S)),
+                              budget.is_shallow(name))
+    return Measurement(importance, U[:, index].cpu(), S[index].cpu(), Vh[index].cpu(),
+                       first_token_share)
+
+
+def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: float = 1.0
+                   ) -> dict[str, Adapter]:
+    """Second step: ranks by Eq. 9-12, adapters by Eq. 16-17.
+
+    Layers in the shallow blocks get their lowest-scoring directions, all others their highest; a
+    rank is at most min(m, n).
+    """
+    shallow = {n: x.importance for n, x in measured.items() if budget.is_shallow(n)}
+    r_raw = raw_ranks(shallow, budget.r_avg)
+    ranks = allocate_ranks(shallow, budget.r_avg, budget.r_min, budget.r_max)
+    adapters = {}
+    for name, x in measured.items():
+        r = min(ranks.get(name, budget.R), len(x.S))
+        index = select_directions(torch.arange(len(x.S)), r, name in ranks)
+        A, B = adapter_from_directions(x.U, x.S, x.Vh, index, scaling)
+        adapters[name] = Adapter(A, B, name in ranks, x.importance, r_raw.get(name),
+                                 x.first_token_share)
+    return adapters

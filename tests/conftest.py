@@ -1,4 +1,38 @@
+"""Models and folders that several test files look at, each beside its oracle."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
 import torch
+from tiny import KINDS, oracle, tiny_llama, write_checkpoint
+
+import checkpoint as C
 
 # Matrices this small take longer to share out among threads than to multiply.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """(our model, transformers' model of the same weights), written by us and read by it."""
+    ours = tiny_llama(num_hidden_layers=2, **KINDS[request.param])
+    folder = tmp_path_factory.mktemp("pair")
+    C.save(ours, folder)
+    return SimpleNamespace(ours=ours, theirs=oracle(folder), kind=request.param, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "m", num_hidden_layers=2)
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    """A sound checkpoint of its own, for the tests that damage it."""
+    return shutil.copytree(checkpoint, tmp_path / "m")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_llama(num_hidden_layers=2)

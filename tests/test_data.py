@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer
 
+import checkpoint as C
 import data
 import model as M
 
@@ -19,7 +20,7 @@ ROWS = [{"question": f"{i}+1?", "answer": f"<<{i}+1={i + 1}>>{i + 1}\n#### {i + 
 @pytest.fixture
 def tokenizer(tmp_path):
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    return M.Tokenizer(tmp_path, M.Config(258, 8, 8, 1, 1, 1, 8, eos_token_ids=(257,)))
+    return C.Tokenizer(tmp_path, M.Config(258, 8, 8, 1, 1, 1, 8, eos_token_ids=(257,)))
 
 
 def write(path, rows):
@@ -55,7 +56,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
 ])
 def test_a_bad_file_is_one_line_that_names_it(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(M.UserError, match=r"^[^\n]*$") as error:
+    with pytest.raises(C.UserError, match=r"^[^\n]*$") as error:
         data.read_rows(str(tmp_path / name))
     assert says in str(error.value) and name in str(error.value)
 
@@ -64,12 +65,12 @@ def test_a_truncated_gzip_is_refused(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     write(path, ROWS)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(M.UserError, match="not readable"):
+    with pytest.raises(C.UserError, match="not readable"):
         data.read_rows(str(path))
 
 
 def test_missing_file_and_unknown_name():
-    with pytest.raises(M.UserError, match="no such file, and not one of the datasets metamath"):
+    with pytest.raises(C.UserError, match="no such file, and not one of the datasets metamath"):
         data.read_rows("gsm9k")
 
 
@@ -79,7 +80,7 @@ def test_missing_file_and_unknown_name():
     ({"question": "", "answer": "a"}, "'question' is ''"),
 ])
 def test_a_row_without_question_or_answer_is_named(fields, says):
-    with pytest.raises(M.UserError, match=says.replace("/", ".")):
+    with pytest.raises(C.UserError, match=says.replace("/", ".")):
         data.question_and_response(data.Row(fields, "a.jsonl:7"))
 
 
@@ -119,7 +120,7 @@ def test_truncation_keeps_what_fits_and_drops_rows_without_response(tokenizer):
             for i in range(9)]
     chosen = data.training_set(rows, tokenizer, 100, length + 2, seed=0)
     assert len(chosen.examples) == 6 and chosen.dropped == 3
-    with pytest.raises(M.UserError, match="no row has a response token within 5 tokens"):
+    with pytest.raises(C.UserError, match="no row has a response token within 5 tokens"):
         data.training_set(rows, tokenizer, 100, 5, seed=0)
 
 

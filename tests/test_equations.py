@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
 
+import checkpoint as C
 import eval as E
 import farss
 import model as M
@@ -803,5 +804,5 @@ def test_eq36_37_undefined_and_incomparable(score):
     assert score(dict(a=0.0, b=1.0), dict(a=1.0, b=1.0)) == 0.5  # only a reference of 0 is
     for mine, theirs in ((dict(a=1.0), dict(a=1.0, b=1.0)), (dict(a=1.0, b=1.0), dict(a=1.0)),
                          (dict(a=1.0), dict(b=1.0)), ({}, {})):
-        with pytest.raises(M.UserError):
+        with pytest.raises(C.UserError):
             score(mine, theirs)

@@ -1,131 +1,72 @@
-"""eval.py: scoring rules, the three benchmarks, references, tables."""
+"""eval.py: the protocols, references, tables, and bad input."""
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama, write_checkpoint, write_data
 
+import checkpoint as C
 import data
 import eval as E
 import model as M
+import settings as S
 import train
 
-# Verdicts of the official grader were taken by running it; see the rules in eval.py.
-GSM8K = [
-    # answer, gold, official, strict
-    ("18", "18", True, True),
-    (" 18.", "18", True, True),
-    ("$18", "18", True, True),
-    ("18 dollars.", "18", True, True),
-    ("18.0", "18", True, True),
-    ("-3", "-3", True, True),
-    ("3", "-3", False, False),
-    ("1,234", "1234", True, True),
-    ("1,234,567", "1234567", False, True),  # official: one separator only
-    ("1234567", "1,234,567", True, True),
-    ("17.6", "18", True, False),  # official rounds
-    ("2.5", "2", True, False),  # half to even
-    ("3.5", "4", True, False),
-    ("1/2", "0", True, False),
-    ("6/3", "2", True, True),
-    ("3 / 4", "3", True, False),  # official reads the 3 only
-    ("3/0", "3", True, False),
-    ("2/00", "2", True, False),  # official: ZeroDivisionError; here its numerator
-    ("7000", "70", True, False),  # official: 100 times too large is right
-    ("1", "100", True, False),
-    ("70001", "70000", True, False),  # official: 0.01 % off is right
-    ("none", "5", False, False),
-    ("", "5", False, False),
-    (None, "5", False, False),
-]
 
-
-@pytest.mark.parametrize("answer, gold, official, strict", GSM8K)
-def test_gsm8k_verdicts(answer, gold, official, strict):
-    assert E.gsm8k_official(answer, gold) is official
-    assert E.gsm8k_strict(answer, gold) is strict
-
-
-@pytest.mark.parametrize("text, answer", [
-    ("so\nThe answer is: 18", "18"),
-    ("The answer is: 3. No. The answer is: 4 .", "4 ."),  # the last one
-    ("The answer is:18", None),  # space-sensitive
-    ("the answer is: 18", None),  # case-sensitive
-    ("#### 18", None),
-])
-def test_gsm8k_marker(text, answer):
-    assert E.number_after_marker(text) == answer
-
-
-@pytest.mark.parametrize("text, answers, right", [
-    (" sinclair lewis", ["Sinclair Lewis"], True),
-    ("St", ["St. Louis"], False),  # what a stop at "." leaves
-    ("the beatles", ["Beatles"], True),
-    ("THE Beatles", ["Beatles"], False),  # articles go before lower-casing
-    ("man of the year", ["man of year"], True),  # articles go anywhere
-    ("Saint Louis ", ["Saint Louis"], False),  # trailing space stays
-    ("U.S.A", ["USA"], True),
-    ("", ["x"], False),
-    ("b", ["a", "B!"], True),
-])
-def test_exact_match(text, answers, right):
-    assert E.exact_match(text, answers) is right
-
-
-def test_exact_match_can_keep_articles():
-    assert not E.exact_match("the beatles", ["Beatles"], articles=False)
-
-
-def test_cut_and_prefix_rule():
+def test_cut():
     assert E.cut("Paris, France. Yes\nNo", ("\n", ".", ",")) == "Paris"
     assert E.cut("\nParis", ("\n",)) == ""
-    assert E.without_extensions(["Al Gore", "Bo", "Al", "Alabama"]) == ["Al", "Bo"]
 
 
 @pytest.fixture
 def evaluator(tmp_path):
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     model = tiny_llama(seed=3)
-    return E.Evaluator(model, M.Tokenizer(tmp_path, model.config), batch_size=3)
+    return E.Evaluator(model, C.Tokenizer(tmp_path, model.config), batch_size=3)
 
 
 def rows(*fields):
     return [data.Row(f, f"{i}") for i, f in enumerate(fields)]
 
 
+def ask(evaluator, name, *fields):
+    return evaluator.ask(name, E.questions(name, rows(*fields)))
+
+
 def test_prompts_of_the_three_benchmarks(evaluator):
-    gsm, _ = evaluator.gsm8k(rows({"question": "2+2?", "answer": "4\n#### 4"}))
+    gsm = ask(evaluator, "gsm8k", {"question": "2+2?", "answer": "4\n#### 4"})
     assert gsm[0]["prompt"].endswith("### Instruction:\n2+2?\n\n### Response: "
                                      "Let's think step by step.")
-    nq, _ = evaluator.nq_open(rows({"question": "who", "answer": ["a"]}))
+    nq = ask(evaluator, "nq_open", {"question": "who", "answer": ["a"]})
     assert nq[0]["prompt"] == "Answer these questions:\n\nQ: who?\nA:"
-    web, _ = evaluator.webqs(rows({"qText": "who?", "answers": ["a"]}))
+    web = ask(evaluator, "webqs", {"qText": "who?", "answers": ["a"]})
     assert web[0]["prompt"] == "Question: who?\nAnswer:"
-    hub, _ = evaluator.webqs(rows({"question": "who?", "answers": ["a"]}))
+    hub = ask(evaluator, "webqs", {"question": "who?", "answers": ["a"]})
     assert hub[0]["prompt"] == web[0]["prompt"]
 
 
 def test_bos_rule(evaluator, monkeypatch):
     seen = []
     monkeypatch.setattr(M, "generate", lambda model, ids, *a: seen.extend(ids) or [[] for _ in ids])
-    question = rows({"question": "who", "answer": ["a"]})
+    question = {"question": "who", "answer": ["a"]}
     for bos in ("harness", "always", "never"):
         evaluator.bos = bos
-        evaluator.nq_open(question)
+        ask(evaluator, "nq_open", question)
     assert [ids[0] == 256 for ids in seen] == [False, True, False]
     seen.clear()
-    evaluator.gsm8k(rows({"question": "who", "answer": "1\n#### 1"}))
+    ask(evaluator, "gsm8k", {"question": "who", "answer": "1\n#### 1"})
     assert seen[0][0] == 256  # always, as in training
 
 
 def test_completions_are_in_order_and_do_not_depend_on_the_batch(evaluator):
     prompts = [f"{'long ' * (i % 4)}question {i}" for i in range(10)]
     args = (12, ("z", "\n"), False, "x")
-    batched = evaluator.complete(prompts, *args)
+    batched = evaluator.completions(prompts, *args)
     evaluator.batch_size = 1
-    assert batched == evaluator.complete(prompts, *args)
+    assert batched == evaluator.completions(prompts, *args)
     assert len(set(batched)) > 3  # not all alike
 
 
@@ -138,8 +79,8 @@ def test_nq_open_scores_a_scripted_answer(evaluator, monkeypatch):
                 for p in prompts]
 
     monkeypatch.setattr(M, "generate", answer)
-    records, _ = evaluator.nq_open(rows({"question": "second question", "answer": ["Milan"]},
-                                        {"question": "first", "answer": ["x", "PARIS"]}))
+    records = ask(evaluator, "nq_open", {"question": "second question", "answer": ["Milan"]},
+                  {"question": "first", "answer": ["x", "PARIS"]})
     assert [r["correct"] for r in records] == [False, True]
     assert records[1]["output"] == " Paris"
 
@@ -163,7 +104,7 @@ def test_webqs_is_the_argmax_at_every_token_of_some_answer(evaluator):
                 best = model(torch.tensor([whole]))[0].argmax(-1).tolist()
             hit.append(best[len(ids) - 1 : -1] == whole[len(ids) :])
         wanted.append(any(hit))
-    records, _ = evaluator.webqs(rows(*asked))
+    records = ask(evaluator, "webqs", *asked)
     assert [r["correct"] for r in records] == wanted
 
 
@@ -177,16 +118,15 @@ def test_webqs_right_answers_occur(evaluator, monkeypatch):
         table[ids[:, :-1][labels[:, 1:] != M.IGNORE]], labels[:, 1:][labels[:, 1:] != M.IGNORE]))
     evaluator.model.lm_head = torch.nn.Identity()
     evaluator.model.lm_head.weight = table
-    records, _ = evaluator.webqs(rows({"qText": "1", "answers": ["abd", "abc"]},
-                                      {"qText": "2", "answers": ["abd"]},
-                                      {"qText": "3", "answers": ["ab", "abx"]}))
+    records = ask(evaluator, "webqs", {"qText": "1", "answers": ["abd", "abc"]},
+                  {"qText": "2", "answers": ["abd"]}, {"qText": "3", "answers": ["ab", "abx"]})
     assert [r["correct"] for r in records] == [True, False, True]
     assert records[0]["matched"] == ["abc"]
 
 
 def test_answer_loss_is_transformers_loss(evaluator, tmp_path):
     transformers = pytest.importorskip("transformers")
-    M.save(evaluator.model, tmp_path / "hf")
+    C.save(evaluator.model, tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     asked = rows(*({"question": f"{i}+1?", "answer": f"{i + 1}\n#### {i + 1}"} for i in range(3)))
     total, count = 0.0, 0
@@ -197,7 +137,7 @@ def test_answer_loss_is_transformers_loss(evaluator, tmp_path):
         with torch.no_grad():
             total += theirs(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item() * n
         count += n
-    assert evaluator.answer_loss(asked) == pytest.approx(total / count, rel=1e-5)
+    assert evaluator.answer_loss(asked, "math") == pytest.approx(total / count, rel=1e-5)
 
 
 # ------------------------------------------------------------------------- references and tables
@@ -217,14 +157,14 @@ def test_summary_against_files_and_paper(tmp_path, capsys):
     assert summary["KT"] == pytest.approx(2 / (1 / summary["K"] + 1 / summary["T"]))
     assert summary["Avg"] == pytest.approx((50.94 + 5.01 + 8.37) / 3)
     base = tmp_path / "results.json"
-    M.save_json(base, {"benchmarks": {"nq_open": result(0.0), "webqs": result(4.0)}})
+    C.save_json(base, {"benchmarks": {"nq_open": result(0.0), "webqs": result(4.0)}})
     assert E.summarise(mine, str(base), None)["K"] is None  # undefined: a reference of 0
-    M.save_json(base, {"benchmarks": {"nq_open": result(10.0), "webqs": result(4.0, n=9)}})
-    with pytest.raises(M.UserError, match="its webqs has n 9, this one 10"):
+    C.save_json(base, {"benchmarks": {"nq_open": result(10.0), "webqs": result(4.0, n=9)}})
+    with pytest.raises(C.UserError, match="its webqs has n 9, this one 10"):
         E.summarise(mine, str(base), None)
-    with pytest.raises(M.UserError, match="has no gsm8k"):
+    with pytest.raises(C.UserError, match="has no gsm8k"):
         E.summarise(mine, None, str(base))
-    with pytest.raises(M.UserError, match="the paper prints no scores of tiny"):
+    with pytest.raises(C.UserError, match="the paper prints no scores of tiny"):
         E.summarise(mine | {"model": "tiny"}, "paper", None)
     shown = "\n".join(E.table([mine | {"method": "farss", "trainable": 271e6, "summary": {
         "Avg": 21.0, "K": None, "T": 1.01}}]))
@@ -259,10 +199,10 @@ def test_a_run_is_scored_like_the_model_in_memory_and_results_say_all(world, cap
     lines = (world / "runs/tiny-math-farss-s0/eval/gsm8k.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert len(records) == 8 and {"prompt", "output", "gold", "correct"} <= set(records[0])
-    model = M.load("tiny")
-    M.load_adapter(model, "runs/tiny-math-farss-s0/adapter.safetensors")
-    loss = E.Evaluator(model, M.Tokenizer("tiny", model.config)).answer_loss(
-        data.read_rows("d/test.jsonl"))
+    model = C.load("tiny")
+    C.load_adapter(model, "runs/tiny-math-farss-s0/adapter.safetensors")
+    loss = E.Evaluator(model, C.Tokenizer("tiny", model.config)).answer_loss(
+        data.read_rows("d/test.jsonl"), "math")
     assert results["benchmarks"]["gsm8k"]["answer_loss"] == pytest.approx(loss, rel=1e-5)
     capsys.readouterr()
     E.main(["--table", "runs/tiny-base", "runs/tiny-math-farss-s0"])
@@ -273,10 +213,10 @@ def test_references_that_do_not_fit_cost_no_result(world, capsys):
     E.main(["tiny", *FILES, "--max-new-tokens", "8", "--limit", "1"])
     run = ["runs/tiny-math-farss-s0", *FILES, "--max-new-tokens", "8"]
     for early in ("paper", "none.json"):  # seen at once
-        with pytest.raises(M.UserError):
+        with pytest.raises(C.UserError):
             E.main([*run, "--full-results", early])
         assert not (world / "runs/tiny-math-farss-s0/results.json").exists()
-    with pytest.raises(M.UserError, match="cannot be compared"):  # of 1 question, not 8
+    with pytest.raises(C.UserError, match="cannot be compared"):  # of 1 question, not 8
         E.main(run)
     results = json.loads((world / "runs/tiny-math-farss-s0/results.json").read_text())
     assert results["benchmarks"]["gsm8k"]["n"] == 8 and set(results["summary"]) == {"Avg"}
@@ -307,11 +247,11 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, argv, s
     monkeypatch.chdir(tmp_path)
     write_checkpoint("tiny")
     write_data("d")
-    settings = train.asdict(train.Settings(model="tiny"))
+    settings = asdict(S.Settings(model="tiny"))
     (tmp_path / "runs/stopped").mkdir(parents=True)
-    M.save_json("runs/stopped/config.json", {"settings": settings})
+    C.save_json("runs/stopped/run.json", {"settings": settings})
     with pytest.raises(SystemExit) as stop:
-        train.run_main(lambda: E.main(argv))
+        S.run_main(lambda: E.main(argv))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and says in err
 

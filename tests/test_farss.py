@@ -1,5 +1,6 @@
 """farss.py on tiny models: the factors against two oracles, then the method from end to end."""
 
+import gc
 from functools import partial
 
 import numpy as np
@@ -303,27 +304,163 @@ def test_block_index():
             farss.block_index(name)
 
 
-def test_group_blocks():
-    model = tiny_llama()
+# ------------------------------------------------------------------- the sweep through the blocks
+
+
+def by_sweep(model, batches, names, **options):
+    """All that the sweep yields, in one dict each."""
+    factors, share = {}, {}
+    for some, part in farss.sweep(model, batches, names, **options):
+        factors |= some
+        share |= part
+    return factors, share
+
+
+def two_batches():
+    """Unlike in number and length, one of them with more padding than it needs."""
+    data = tiny_batch(ROWS)
+    return [padded_to(rows_of(data, [0]), 13), rows_of(data, [1, 2, 3])]
+
+
+@pytest.mark.parametrize("targets", [SEVEN, SEVEN[:4], ["down_proj"]],
+                         ids=["seven", "attention", "down"])
+@pytest.mark.parametrize("setting", [{}, dict(attention_bias=True, mlp_bias=True),
+                                     dict(tie_word_embeddings=True),
+                                     dict(num_attention_heads=3, num_key_value_heads=1,
+                                          hidden_size=24)],
+                         ids=["plain", "biases", "tied", "three heads"])
+def test_sweep_gives_the_factors_of_the_whole_model(setting, targets):
+    model = llama64(num_hidden_layers=3, **setting)
+    names = M.linear_names(model, targets)
+    factors, share = by_sweep(model, two_batches(), names)
+    expected = farss.kfac_factors(model, two_batches(), names)
+    assert factors.keys() == expected.keys()
+    for name in names:
+        for mine, theirs in zip(factors[name], expected[name], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
+    with farss.kfac_hooks(model, names) as sums:
+        farss.collect(sums, model, two_batches())
+        assert share == pytest.approx(sums.first_token_share())
+
+
+@pytest.mark.parametrize("blocks", [[0], [1], [2], [0, 2]])
+def test_sweep_over_some_blocks_only(blocks):
+    model = llama64(num_hidden_layers=3)
+    names = [n for n in M.linear_names(model, SEVEN) if farss.block_index(n) in blocks]
+    same_factors(by_sweep(model, two_batches(), names)[0],
+                 farss.kfac_factors(model, two_batches(), names))
+
+
+def test_sweep_takes_other_losses_and_another_place_for_the_inputs():
+    model = llama64()
     names = M.linear_names(model, SEVEN)
-    by_block = [[n for n in names if f".{i}." in n] for i in range(4)]
-    # q, o: 32² + 32² each; k, v: 16² + 32² each; gate, up, down: 80² + 32² each; 4 bytes
-    size = 4 * (4 * 1024 + 2 * (256 + 1024) + 3 * (6400 + 1024))
-    assert farss.factor_bytes(model, by_block[0]) == size
-    for memory, blocks in [(0, [1, 1, 1, 1]), (size, [1, 1, 1, 1]), (2 * size - 1, [1, 1, 1, 1]),
-                           (2 * size, [2, 2]), (3 * size, [3, 1]), (4 * size, [4]),
-                           (float("inf"), [4])]:
-        groups = farss.group_blocks(model, names, memory)
-        assert [n for group in groups for n in group] == names
-        assert [len(g) // 7 for g in groups] == blocks
-    mixed = [names[i] for i in torch.randperm(28, generator=torch.Generator().manual_seed(0))]
-    assert [sorted(g) for g in farss.group_blocks(model, mixed, 0)] == list(map(sorted, by_block))
-    assert farss.group_blocks(model, [], 0) == []
+
+    def drawn():
+        return farss.sampled_loss(torch.Generator().manual_seed(3))
+
+    expected = farss.kfac_factors(model, two_batches(), names, drawn())
+    same_factors(by_sweep(model, two_batches(), names, loss=drawn(), keep_on="cpu")[0], expected)
+
+
+def test_sweep_runs_every_block_twice_forward_and_once_backward():
+    model, counts = tiny_llama(num_hidden_layers=5), {}
+    for i, block in enumerate(model.blocks):
+        counts[i] = [0, 0]
+
+        def forward(module, args, output, i=i):
+            counts[i][0] += 1
+            if output.requires_grad:
+                output.register_hook(lambda _: counts[i].__setitem__(1, counts[i][1] + 1))
+
+        block.register_forward_hook(forward)
+    batches = [*two_batches(), *two_batches()]
+    by_sweep(model, batches, M.linear_names(model, SEVEN))
+    assert counts == {i: [2 * len(batches), len(batches)] for i in range(5)}
+
+
+def living(size):
+    """How many tensors of at least `size` numbers are alive, counted by their storage."""
+    gc.collect()
+    return len({t.untyped_storage().data_ptr() for t in gc.get_objects()
+                if issubclass(type(t), torch.Tensor) and t.numel() >= size})
+
+
+def test_nothing_of_a_block_survives_its_turn():
+    """Factors are the largest tensors here, four Σ_h and seven Σ_δ a block. A turn begins with the
+    kept inputs of the blocks to come, one gradient a batch, and no factor; within it there is one
+    block's worth of factors once, and the inputs that are used up are gone."""
+    blocks, batches = 6, two_batches() * 3
+    model = tiny_llama(num_hidden_layers=blocks, intermediate_size=33)
+    size = 16 * 16  # k and v have the smallest factors
+    resting, seen = living(size), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(living(size) - resting))
+    farss.measure(model, batches, M.linear_names(model, SEVEN), farss.Budget(1, 2, 1, 1, 2))
+    turns = [seen[k : k + 6] for k in range(6 * blocks, 12 * blocks, 6)]
+    for below, turn in zip(range(blocks - 1, -1, -1), turns, strict=True):
+        gradients = 6 if below < blocks - 1 else 0
+        assert turn[0] == 6 * (below + 1) + gradients
+        assert turn[-1] <= 6 * below + 6 + 11 + 4
+
+
+@pytest.mark.parametrize("at", [1, 7, 12, 20, 30])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_exception_anywhere_leaves_the_model_as_it_was(at, error):
+    model, count = tiny_llama(num_hidden_layers=3).train(), [0]
+    names = M.linear_names(model, SEVEN)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+
+    def strike(*_):
+        count[0] += 1
+        if count[0] == at:
+            raise error
+
+    before = state(model)
+    handles = [model.get_submodule(n).register_forward_pre_hook(strike) for n in names[::2]]
+    budget = farss.Budget(**SETTINGS)
+    with pytest.raises(error):
+        farss.measure(model, two_batches(), names, budget)
+    for handle in handles:
+        handle.remove()
+    assert state(model) == before
+    after = farss.measure(model, two_batches(), names, budget)
+    for name, x in farss.measure(tiny_llama(num_hidden_layers=3), two_batches(), names,
+                                 budget).items():
+        equal(after[name].S, x.S)
+
+
+def test_the_sweep_leaves_the_model_as_it_was_between_two_blocks():
+    model = tiny_llama(num_hidden_layers=3).train()
+    before, seen = state(model), 0
+    for _ in farss.sweep(model, two_batches(), M.linear_names(model, SEVEN)):
+        assert state(model) == before
+        seen += 1
+    assert seen == 3
+
+
+def test_progress_is_called_for_the_batches_and_the_blocks():
+    model, calls = tiny_llama(num_hidden_layers=3), []
+
+    def progress(items, desc):
+        calls.append((desc, len(items)))
+        return items
+
+    farss.measure(model, two_batches(), M.linear_names(model, SEVEN), farss.Budget(**SETTINGS),
+                  progress=progress)
+    assert calls == [("forward", 2), ("K-FAC by block", 3)]
 
 
 # --------------------------------------------------------------------------------- the whole method
 
 SETTINGS = dict(shallow=1, R=12, r_avg=6, r_min=2, r_max=10)
+
+
+def initialise(model, batches, names, scaling=1.0, loss=farss.summed_loss, **ranks):
+    """Both steps: measure every layer, then decide ranks and build adapters."""
+    budget = farss.Budget(**ranks)
+    return farss.build_adapters(farss.measure(model, batches, names, budget, loss), budget,
+                                scaling)
 
 
 def written_out(model, data, names, shallow, R, r_avg, r_min, r_max):
@@ -357,7 +494,7 @@ def written_out(model, data, names, shallow, R, r_avg, r_min, r_max):
 def test_initialise_equals_the_paper_written_out(change, scaling):
     model, data, options = llama64(), tiny_batch(ROWS), SETTINGS | change
     names = M.linear_names(model, SEVEN)
-    layers = farss.initialise(model, [data], names, scaling=scaling, **options)
+    layers = initialise(model, [data], names, scaling=scaling, **options)
     expected = written_out(llama64(), data, names, **options)
     assert list(layers) == names
     for name, layer in layers.items():
@@ -377,7 +514,7 @@ def test_shallow_and_deep_take_opposite_ends():
     model, data = llama64(), tiny_batch(ROWS)
     names = M.linear_names(model, ["q_proj", "up_proj", "down_proj"])
     same = dict(R=16, r_avg=16, r_min=16, r_max=16)
-    deep, shallow = (farss.initialise(model, [data], names, shallow=k, **same) for k in (0, 2))
+    deep, shallow = (initialise(model, [data], names, shallow=k, **same) for k in (0, 2))
     for name in names:
         halves = [layers[name].B @ layers[name].A for layers in (deep, shallow)]
         close(sum(halves), model.get_submodule(name).weight.detach())
@@ -387,8 +524,8 @@ def test_shallow_and_deep_take_opposite_ends():
 def test_ranks_at_most_the_smaller_side():
     model = llama64()
     names = M.linear_names(model, SEVEN)
-    layers = farss.initialise(model, [tiny_batch(ROWS)], names, shallow=1, R=1000, r_avg=100,
-                              r_min=100, r_max=100)
+    layers = initialise(model, [tiny_batch(ROWS)], names, shallow=1, R=1000, r_avg=100,
+                        r_min=100, r_max=100)
     for name, layer in layers.items():
         W = model.get_submodule(name).weight
         assert layer.rank == min(W.shape)
@@ -400,7 +537,7 @@ def test_ranks_at_most_the_smaller_side():
 def test_initialise_leaves_the_model_as_it_was(dtype, training):
     model = tiny_llama(num_hidden_layers=2, dtype=dtype).train(training)
     before = [p.clone() for p in model.parameters()], state(model)
-    layers = farss.initialise(model, [tiny_batch(ROWS)], M.linear_names(model, SEVEN), **SETTINGS)
+    layers = initialise(model, [tiny_batch(ROWS)], M.linear_names(model, SEVEN), **SETTINGS)
     for parameter, weight in zip(model.parameters(), before[0], strict=True):
         equal(parameter, weight)
     assert state(model) == before[1]
@@ -415,7 +552,7 @@ def attached(dtype, residual, scaling=2.0):
     with torch.no_grad():
         before = model(data["input_ids"])
         names = M.linear_names(model, SEVEN)
-        layers = farss.initialise(model, [data], names, scaling=scaling, **SETTINGS)
+        layers = initialise(model, [data], names, scaling=scaling, **SETTINGS)
         lost = M.attach(model, {n: (x.A, x.B) for n, x in layers.items()}, scaling,
                         residual=residual)
         return before, model(data["input_ids"]), model, lost
@@ -435,7 +572,7 @@ def test_attached_adapters_in_bf16():
     the logits that does no more than bf16 itself does to those of the same weights in fp32."""
     before, after, model, lost = attached(torch.bfloat16, "split")
     original = tiny_llama(num_hidden_layers=2, dtype=torch.bfloat16)
-    for name, layer in M.adapters(model).items():
+    for name, layer in M.adapted_layers(model).items():
         W = original.get_submodule(name).weight.float()
         error = layer.merged_weight() - W
         assert (error.abs() <= 2.0**-8 * layer.weight.abs().float() + 1e-6).all()
@@ -450,36 +587,14 @@ def test_attached_adapters_in_bf16():
 def test_exact_residual_changes_no_bit_in_bf16():
     before, after, model, lost = attached(torch.bfloat16, "exact")
     equal(after, before)
-    assert set(lost.values()) == {0.0} and len(lost) == len(M.adapters(model)) == 14
-
-
-@pytest.mark.parametrize("memory, groups", [(0, 3), (float("inf"), 1), (245_000, 2)])
-def test_groups_of_blocks_change_nothing_and_progress_is_called(memory, groups):
-    model, data, calls = llama64(num_hidden_layers=3), tiny_batch(ROWS), []
-    names = M.linear_names(model, SEVEN)
-    batches = [rows_of(data, [0, 1]), rows_of(data, [2, 3])]
-
-    def progress(items, desc=None, **_):
-        items = list(items)
-        calls.append((desc.split()[0], len(items)))
-        yield from items
-
-    layers = farss.initialise(model, batches, names, memory=memory, progress=progress, **SETTINGS)
-    assert calls == {3: [("K-FAC", 2), ("SVD", 7)] * 3, 1: [("K-FAC", 2), ("SVD", 21)],
-                     2: [("K-FAC", 2), ("SVD", 14), ("K-FAC", 2), ("SVD", 7)]}[groups]
-    plain = farss.initialise(model, [data], names, **SETTINGS)
-    assert list(layers) == list(plain) == names
-    for name in names:
-        assert layers[name].rank == plain[name].rank
-        close(layers[name].B @ layers[name].A, plain[name].B @ plain[name].A)
-        close(layers[name].first_token_share, plain[name].first_token_share)
+    assert set(lost.values()) == {0.0} and len(lost) == len(M.adapted_layers(model)) == 14
 
 
 def test_order_of_the_names_does_not_matter():
     model, data = llama64(), tiny_batch(ROWS)
     names = M.linear_names(model, SEVEN)
-    plain = farss.initialise(model, [data], names, **SETTINGS)
-    for name, layer in farss.initialise(model, [data], names[::-1], **SETTINGS).items():
+    plain = initialise(model, [data], names, **SETTINGS)
+    for name, layer in initialise(model, [data], names[::-1], **SETTINGS).items():
         close(layer.B @ layer.A, plain[name].B @ plain[name].A)
         assert layer.rank == plain[name].rank
 
@@ -487,7 +602,7 @@ def test_order_of_the_names_does_not_matter():
 def test_initialise_with_the_sampled_fisher():
     model, data = llama64(), tiny_batch(ROWS)
     names = M.linear_names(model, SEVEN)
-    first, again, plain = (farss.initialise(model, [data], names, **SETTINGS, **options)
+    first, again, plain = (initialise(model, [data], names, **SETTINGS, **options)
                            for options in (*(dict(loss=farss.sampled_loss(
                                torch.Generator().manual_seed(5))) for _ in range(2)), {}))
     for name in names:
@@ -499,23 +614,24 @@ def test_initialise_with_the_sampled_fisher():
                                     dict(r_avg=float("nan"))])
 def test_impossible_ranks_are_refused_before_any_work(change):
     with pytest.raises(ValueError, match="r_avg"):
-        farss.initialise(None, None, None, **(SETTINGS | change))
+        farss.Budget(**(SETTINGS | change))
 
 
 @pytest.mark.parametrize("R", [0, -1])
 def test_impossible_deep_rank_is_refused(R):
-    model = tiny_llama(num_hidden_layers=1)
     with pytest.raises(ValueError, match="R"):
-        farss.initialise(model, [tiny_batch(ROWS)], M.linear_names(model, ["q_proj"]),
-                         **(SETTINGS | dict(R=R, shallow=0)))
+        farss.Budget(**(SETTINGS | dict(R=R, shallow=0)))
 
 
 def test_initialise_refuses_what_has_no_depth_and_no_data():
     model = tiny_llama(num_hidden_layers=1)
     with pytest.raises(ValueError, match="lm_head"):
-        farss.initialise(model, [tiny_batch(ROWS)], ["lm_head"], **SETTINGS)
+        initialise(model, [tiny_batch(ROWS)], ["lm_head"], **SETTINGS)
     with pytest.raises(ValueError, match="no calibration token"):
-        farss.initialise(model, [], M.linear_names(model, SEVEN), **SETTINGS)
+        initialise(model, [], M.linear_names(model, SEVEN), **SETTINGS)
+    M.attach(model, {"model.layers.0.mlp.up_proj": (torch.zeros(1, 32), torch.zeros(80, 1))})
+    with pytest.raises(ValueError, match=r"up_proj.*has an adapter"):  # W_res is not W
+        initialise(model, [tiny_batch(ROWS)], M.linear_names(model, SEVEN), **SETTINGS)
 
 
 @pytest.mark.parametrize("shallow", [
@@ -527,8 +643,8 @@ def test_factors_that_are_not_finite_are_refused(shallow):
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("inf")
     before = state(model)
     with pytest.raises(ValueError, match="layers"):
-        farss.initialise(model, [tiny_batch(ROWS)], M.linear_names(model, ["q_proj"]),
-                         **(SETTINGS | dict(shallow=shallow)))
+        initialise(model, [tiny_batch(ROWS)], M.linear_names(model, ["q_proj"]),
+                   **(SETTINGS | dict(shallow=shallow)))
     assert state(model) == before
 
 

@@ -13,6 +13,7 @@ import transformers
 from test_model import AWKWARD, same_tokens
 from tiny import write_data
 
+import checkpoint as C
 import eval as evaluation
 import farss
 import model as M
@@ -39,7 +40,7 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def ours():
-    return M.load(FOLDER, torch.float32, "cpu")
+    return C.load(FOLDER, torch.float32, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return M.Tokenizer(FOLDER, M.read_config(FOLDER))
+    return C.Tokenizer(FOLDER, C.read_config(FOLDER))
 
 
 @pytest.mark.parametrize("text", (AWKWARD + MORE)[:50], ids=ascii)

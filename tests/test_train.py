@@ -12,11 +12,14 @@ import pytest
 import torch
 from tiny import tiny_llama, write_checkpoint, write_data
 
+import checkpoint as C
 import data
 import eval as E
 import farss
 import model as M
+import settings as S
 import train
+from baselines import METHODS
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg", "3", "--r-max",
@@ -29,62 +32,6 @@ def here(tmp_path, monkeypatch):
     write_checkpoint("tiny")
     write_data("d")
     return tmp_path
-
-
-# ------------------------------------------------------------------------------------- the plan
-
-
-def plan(capsys, *argv):
-    train.main([*argv, "--dry-run"])
-    return capsys.readouterr().out
-
-
-def test_plan_of_the_papers_run_needs_no_weights(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out = plan(capsys, "--model", "llama2-7b", "--task", "math")
-    assert "7 of 32 blocks, r (r_min, r_avg, r_max) = (1, 50, 64)" in out
-    assert "R = 128" in out and "6,250 of 16" in out and "188 of them warm-up" in out
-    assert "277.2M if every shallow rank were r_avg" in out and "the paper prints 271M" in out
-    assert "LoRA of rank 128: 319.8M" in out and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("argv, says", [
-    (["--model", "llama2-7b", "--method", "lora"], "trainable     319.8M"),
-    (["--model", "llama3-8b", "--method", "lora"], "trainable     335.5M"),
-    (["--model", "llama2-13b", "--method", "lora"], "trainable     500.7M"),
-    (["--model", "llama2-7b", "--method", "full"], "THIS DOES NOT FIT"),
-    (["--model", "mistral-7b-v0.3"], "5 of 32 blocks"),
-    (["--model", "llama3-8b"], "9 of 32 blocks"),
-    (["--model", "llama2-13b"], "11 of 40 blocks"),
-    (["--model", "llama2-7b", "--rank", "32", "--r-max", "16", "--r-avg", "12",
-      "--targets", "q_proj,v_proj"], "deep v_proj"),
-    (["--model", "llama2-7b", "--alpha", "256"], "= 256 / 128 = 2"),
-])
-def test_plans(capsys, argv, says):
-    assert says in plan(capsys, *argv)
-
-
-def test_matched_ranks_give_loras_parameters_at_the_papers_mean_shallow_rank():
-    """PAPER_NOTES: R = 153 with 7 shallow blocks reproduces 320M at a mean of 38.7."""
-    s = train.Settings(model="llama2-7b", rank=153, shallow=7)
-    skeleton = M.empty(M.MODELS["llama2-7b"][1])
-    shapes = {n: tuple(skeleton.get_submodule(n).weight.shape)
-              for n in M.linear_names(skeleton, train.LINEARS)}
-    count = train.adapter_parameters(shapes, train.ranks_at_average(s, shapes, 38.7))
-    assert round(count / 1e6) == 320
-
-
-def test_micro_batch_shrinks_then_checkpoints_as_memory_does():
-    s = train.Settings(model="llama2-7b", dtype="bfloat16")
-    config = M.MODELS["llama2-7b"][1]
-
-    def chosen(gigabytes):
-        picked = train.choose_micro_batch(s, config, 6.7e9, 320e6, gigabytes * 1e9)
-        return picked.micro_batch, picked.checkpointing
-
-    sizes = [chosen(g) for g in (400, 141, 80, 40, 24)]
-    assert sizes[0] == (16, False) and sizes == sorted(sizes, key=lambda x: (x[1], -x[0]))
-    assert chosen(24)[1] is True
 
 
 # ---------------------------------------------------------------------------------------- steps
@@ -110,7 +57,7 @@ def examples(n=6):
 
 
 def settings(**more):
-    return train.Settings(**{"model": "tiny", "device": "cpu", "dtype": "float32", "lr": 1e-2,
+    return S.Settings(**{"model": "tiny", "device": "cpu", "dtype": "float32", "lr": 1e-2,
                              "rank": 4, "alpha": 4.0, "dropout": 0.0, "micro_batch": 6,
                              "shallow": 1, "calibration": 6, "r_avg": 2, "r_max": 3,
                              "checkpointing": False} | more)
@@ -118,16 +65,13 @@ def settings(**more):
 
 def one_step(s, dtype=torch.float64, optimizer=torch.optim.SGD):
     model = tiny_llama(1, dtype)
-    if s.method != "full":
-        train.initialise(model, s, examples())
-    else:
-        model.requires_grad_(True)
+    train.initialise(model, s, examples())
     model.train().model.gradient_checkpointing = s.checkpointing
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, train.train_step(model, examples(), s, optimizer(trained, lr=s.lr), trained)
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("more", [dict(micro_batch=1), dict(micro_batch=4),
                                   dict(checkpointing=True)])
 def test_a_step_does_not_depend_on_micro_batches_or_checkpointing(method, more):
@@ -147,12 +91,12 @@ def test_one_lora_step_is_pefts(tmp_path):
     transformers = pytest.importorskip("transformers")
     s = settings(method="lora", alpha=8.0, micro_batch=6)
     model = tiny_llama(1)
-    M.save(model, tmp_path / "hf")
+    C.save(model, tmp_path / "hf")
     train.initialise(model, s, examples())
     theirs = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
-        peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(train.LINEARS), lora_dropout=0.0))
-    layers = M.adapters(model)
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(S.LINEARS), lora_dropout=0.0))
+    layers = M.adapted_layers(model)
     with torch.no_grad():
         for name, layer in layers.items():
             other = theirs.get_submodule(f"base_model.model.{name}")
@@ -194,11 +138,11 @@ def test_full_fine_tuning_keeps_fp32_masters_under_bf16():
 def test_a_run_leaves_what_it_says(here, capsys):
     train.main(SMALL)
     run = here / "runs/tiny-math-farss-s0"
-    assert sorted(p.name for p in run.iterdir()) == ["adapter.safetensors", "config.json",
-                                                     "log.jsonl", "ranks.json"]
-    config = json.loads((run / "config.json").read_text())
-    assert config["settings"]["lr"] == 1e-3 and config["settings"]["shallow"] == 1
-    assert {"commit", "torch", "python", "data_sha256"} <= set(config)
+    assert sorted(p.name for p in run.iterdir()) == ["adapter.safetensors", "log.jsonl",
+                                                     "ranks.json", "run.json"]
+    recorded = json.loads((run / "run.json").read_text())
+    assert recorded["settings"]["lr"] == 1e-3 and recorded["settings"]["shallow"] == 1
+    assert {"commit", "torch", "python", "data_sha256"} <= set(recorded)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
     assert log[-1]["loss"] < log[0]["loss"]
@@ -227,12 +171,12 @@ def test_a_saved_adapter_is_the_trained_model(here, monkeypatch, method, more):
     monkeypatch.setattr(train, "train", spy)
     train.main([*SMALL, "--method", method, *more])
     ids = torch.arange(40)[None] % 256
-    model = M.load("tiny")
-    M.load_adapter(model, f"runs/tiny-math-{method}-s0/adapter.safetensors")
+    model = C.load("tiny")
+    C.load_adapter(model, f"runs/tiny-math-{method}-s0/adapter.safetensors")
     with torch.no_grad():
         trained = kept["model"].eval()(ids)
         assert torch.equal(model(ids), trained)  # the same bits, W_res recomputed
-        assert not torch.equal(M.load("tiny")(ids), trained)
+        assert not torch.equal(C.load("tiny")(ids), trained)
         M.merge(model)
         torch.testing.assert_close(model(ids), trained, rtol=1e-4, atol=1e-4)
 
@@ -250,7 +194,7 @@ def interrupt_at(monkeypatch, step, act):
     monkeypatch.setattr(train, "train_step", counted)
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("killed_in_step", [1, 3, 5])
 def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, method,
                                                           killed_in_step):
@@ -270,7 +214,7 @@ def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, met
             train.main([*argv, "--out", "cut"])
     torch.rand(7)  # whatever else the process drew meanwhile
     with monkeypatch.context() as patch:  # the start is never computed again
-        patch.setattr(farss, "initialise", None)
+        patch.setattr(farss, "measure", None)
         train.main(["--resume", "cut"])
     for file in (["model/model.safetensors"] if method == "full" else ["adapter.safetensors"]):
         assert (here / "cut" / file).read_bytes() == (here / "whole" / file).read_bytes()
@@ -321,19 +265,19 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(here, monkeypa
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(here, monkeypatch, capsys):
-    real = M.save_file
+    real = C.save_file
     calls = [0]
 
     def full(tensors, path, metadata):
         calls[0] += 1
         if calls[0] == 3:  # init, step 2, then step 4
             Path(path).write_bytes(b"half")
-            raise M.SafetensorError("No space left on device")
+            raise C.SafetensorError("No space left on device")
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(M, "save_file", full)
+    monkeypatch.setattr(C, "save_file", full)
     with pytest.raises(SystemExit) as stop:
-        train.run_main(lambda: train.main([*SMALL, "--save-every", "2"]))
+        S.run_main(lambda: train.main([*SMALL, "--save-every", "2"]))
     err = capsys.readouterr().err
     assert stop.value.code == 1 and err.count("\n") == 1 and "No space left" in err
     left = sorted(p.name for p in (here / "runs/tiny-math-farss-s0/checkpoint").iterdir())
@@ -343,12 +287,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(here, monkeypatc
 def test_a_finished_or_unfinished_run_is_never_overwritten(here, capsys):
     train.main(SMALL)
     before = (here / "runs/tiny-math-farss-s0/adapter.safetensors").read_bytes()
-    with pytest.raises(M.UserError, match="finished run"):
+    with pytest.raises(C.UserError, match="finished run"):
         train.main(SMALL)
-    with pytest.raises(M.UserError, match="is finished; evaluate it"):
+    with pytest.raises(C.UserError, match="is finished; evaluate it"):
         train.main(["--resume", "runs/tiny-math-farss-s0"])
     (here / "runs/tiny-math-farss-s0/adapter.safetensors").rename(here / "gone")
-    with pytest.raises(M.UserError, match="unfinished run; go on with --resume"):
+    with pytest.raises(C.UserError, match="unfinished run; go on with --resume"):
         train.main(SMALL)
     assert (here / "gone").read_bytes() == before
 
@@ -359,7 +303,7 @@ def test_resume_refuses_changed_data(here, monkeypatch):
         with pytest.raises(SystemExit):
             train.main(SMALL)
     write_data("d", seed=1)
-    with pytest.raises(M.UserError, match="not the data that"):
+    with pytest.raises(C.UserError, match="not the data that"):
         train.main(["--resume", "runs/tiny-math-farss-s0"])
 
 
@@ -383,17 +327,20 @@ def test_resume_refuses_changed_data(here, monkeypatch):
     ([*SMALL, "--method", "pissa"], "invalid choice"),
     ([*SMALL, "--mehtod", "lora"], "unrecognized arguments"),
     ([*SMALL, "--device", "cuda:99"], "not usable here"),
-    (["--resume", "nowhere"], "no such file"),
-    (["--resume", "tiny"], "not written by this version"),
+    (["--resume", "nowhere"], "no such folder"),
+    (["--resume", "tiny"], "has no run.json"),
+    (["--resume", "old"], "not written by this version"),
     (["--resume", "x", "--lr", "1"], "give no other option"),
 ])
 def test_bad_input_is_one_line_exit_2_and_writes_nothing(here, capsys, argv, says):
     (here / "empty.jsonl").write_text("")
     (here / "broken.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question\n')
     (here / "columns.jsonl").write_text('{"prompt": "q", "text": "a"}\n')
+    (here / "old").mkdir()
+    C.save_json(here / "old" / "run.json", {"settings": {"model": "tiny"}})
     before = sorted(here.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        train.run_main(lambda: train.main(argv))
+        S.run_main(lambda: train.main(argv))
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and err.count("\n") == 1 and says in err
     assert "Traceback" not in out + err and sorted(here.rglob("*")) == before
@@ -407,9 +354,9 @@ def test_the_script_itself_exits_with_2_and_no_traceback(here):
 
 
 def test_help_names_equations_sources_and_defaults(capsys):
-    for script, words in ((train, ("K-FAC factors (A.2.1); default 256", "Eq. 5", "--dry-run")),
-                          (E, ("Eq. 36-38", "--full-results", "lm_eval"))):
+    for call, words in ((train.main, ("K-FAC factors (A.2.1); default 256", "Eq. 5", "--dry-run")),
+                        (E.main, ("Eq. 36-38", "--full-results", "lm_eval"))):
         with pytest.raises(SystemExit) as stop:
-            script.parse(["--help"])
+            call(["--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert stop.value.code == 0 and all(word in text for word in words)

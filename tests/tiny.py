@@ -13,12 +13,31 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint as C
 import model as M
 
 BOS, EOS = "<s>", "</s>"
 TINY = dict(vocab_size=258, hidden_size=32, intermediate_size=80, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
             max_position_embeddings=1024, bos_token_id=256, eos_token_ids=(257,))
+
+ROPE3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 16}
+GQA3 = dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=24)
+KINDS = {
+    "one-to-one heads": dict(num_key_value_heads=4),
+    "two-to-one heads": dict(),
+    "three-to-one heads": GQA3,
+    "tied": dict(tie_word_embeddings=True),
+    "attention bias": dict(attention_bias=True),
+    "mlp bias": dict(mlp_bias=True),
+    "wide heads": dict(head_dim=20),  # 4 x 20 != hidden_size 32
+    "eps and theta": dict(rms_norm_eps=0.1, rope_theta=50.0),
+    "llama3 rope": dict(rope_scaling=ROPE3),
+    "everything": dict(GQA3, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
+                       head_dim=12, rope_scaling=ROPE3),
+    "mistral": dict(model_type="mistral"),
+}
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> M.Llama:
@@ -48,6 +67,22 @@ def tiny_batch(rows: list[tuple[int, int]], seed: int = 0, vocab: int = 256,
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def padded(side: str, lengths=(48, 31, 1), seed: int = 1):
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(256, (len(lengths), max(lengths)), generator=draw)
+    mask = torch.zeros_like(ids)
+    for row, n in enumerate(lengths):
+        mask[row, slice(0, n) if side == "right" else slice(max(lengths) - n, None)] = 1
+    return ids, mask
+
+
+def oracle(folder, **options):
+    """transformers' model of a folder."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
 def byte_tokenizer() -> Tokenizer:
     """256 byte tokens, <s> = 256 put in front of every text, </s> = 257."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -63,7 +98,7 @@ def byte_tokenizer() -> Tokenizer:
 def write_checkpoint(folder: str | Path, seed: int = 0, **settings) -> Path:
     """A folder that load() and transformers both read: config, weights, tokenizer."""
     folder = Path(folder)
-    M.save(tiny_llama(seed, **settings), folder)
+    C.save(tiny_llama(seed, **settings), folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}))

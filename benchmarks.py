@@ -1,0 +1,156 @@
+"""One row per benchmark, and the judges: text in, verdict out, no model.
+
+A row says where the questions come from, how they are put, what the right answer is, by which
+protocol of eval.py the model is asked, and who judges. Adding a benchmark is a row and at most
+one judge.
+"""
+
+import math
+import re
+import string
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import data
+from checkpoint import UserError
+
+# -------------------------------------------------------------------------------------- judges
+
+
+def cut(text: str, stops: Iterable[str]) -> str:
+    """What stands before the first of the stop strings."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
+
+
+def number_after_marker(text: str) -> str | None:
+    """What follows the last "The answer is: ", stripped; None without the marker."""
+    _, marker, after = text.rpartition("The answer is: ")
+    return after.strip() if marker else None
+
+
+def gsm8k_strict(answer: str | None, gold: str) -> bool:
+    """The first number in the answer is exactly the gold number.
+
+    Thousands separators and a leading $ are read; a fraction counts as its value.
+    """
+    found = re.search(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+(?:\.\d+)?)?", answer or "")
+    if not found:
+        return False
+    over, _, under = found[0].replace(",", "").partition("/")
+    denominator = Fraction(under.strip() or "1")
+    return denominator != 0 and (Fraction(over.strip()) / denominator
+                                 == Fraction(gold.replace(",", "")))
+
+
+def gsm8k_official(answer: str | None, gold: str) -> bool:
+    """The rule of the official code, which rounds to a whole number and takes answers that are
+    100 times too large or too small, or off by 0.01 %, for right."""
+    found = re.search(r"[\-+]?\d*[\.,/]?\d+", answer or "")
+    if not found:
+        return False
+    text = found[0]
+    if "/" in text:
+        over, under = text.split("/")
+        # A denominator "0" alone gives the numerator; "00" would crash the official script.
+        value = float(over or 0) if not float(under) else float(Fraction(over) / Fraction(under))
+    else:
+        value = float(text.replace(",", ""))
+    predicted, right = round(value), round(float(gold.replace(",", "")))
+    return any(math.isclose(predicted, right * factor, rel_tol=1e-4) for factor in (1, 0.01, 100))
+
+
+ARTICLES = re.compile(r"\b(?:The |the |An |A |The |a |an )")
+
+
+def exact_match(text: str, answers: Iterable[str], articles: bool = True) -> bool:
+    """lm_eval's exact_match with ignore_case and ignore_punctuation, against any answer.
+
+    `articles` also deletes them first, wherever they stand (nq_open's rule); before lower-casing,
+    so that "THE " stays. Leading white space of the output is ignored, trailing is not.
+    """
+
+    def normal(s: str) -> str:
+        s = ARTICLES.sub("", s) if articles else s
+        return s.lower().translate(str.maketrans("", "", string.punctuation))
+
+    return normal(text.lstrip()) in {normal(a) for a in answers}
+
+
+def without_extensions(answers: Iterable[str]) -> list[str]:
+    """Sorted answers without those that begin with the one kept before: lm_eval's webqs rule."""
+    kept: list[str] = []
+    for answer in sorted(answers):
+        if not kept or not answer.startswith(kept[-1]):
+            kept.append(answer)
+    return kept
+
+
+# --------------------------------------------------------------------------------- the benchmarks
+
+
+class Benchmark(NamedTuple):
+    """How one benchmark is run and scored.
+
+    Protocols: `complete` generates greedily up to a stop and judges the text; `greedy_match` asks
+    whether every token of some right answer is the model's first choice, and generates nothing.
+    """
+
+    source: str  # of data.SOURCES
+    group: str  # what it measures: see data.TASKS
+    protocol: str  # of eval.PROTOCOLS
+    prompt: Callable[[data.Row], str]
+    gold: Callable[[data.Row], Any]  # the right answer; UserError for a row without one
+    judge: Callable[[Any, Any], bool] | None = None  # (extracted answer, gold) -> right?
+    official: Callable[[Any, Any], bool] | None = None  # the official code's rule, if another
+    extract: Callable[[str], str | None] | None = None  # the answer in the output
+    new_tokens: int | None = None
+    stops: tuple[str, ...] = ()
+    bos: str = "harness"  # harness: none, as lm_eval (but on Gemma); always: as in training
+    loss_under: str | None = None  # a task: also the references' mean loss under its prompt
+
+
+def gsm8k_prompt(row: data.Row) -> str:
+    question = row.get(data.QUESTION)
+    return data.PROMPT.format(instruction=question) + " Let's think step by step."
+
+
+def gsm8k_gold(row: data.Row) -> str:
+    gold = row.get(data.ANSWER).rpartition("#### ")[2].strip()
+    if not re.fullmatch(r"-?[\d,]*\d(\.\d+)?", gold):
+        raise UserError(f"{row.where}: the answer does not end in '#### number'")
+    return gold
+
+
+def nq_prompt(row: data.Row) -> str:
+    return f"Answer these questions:\n\nQ: {row.get(data.QUESTION)}?\nA:"
+
+
+def webqs_prompt(row: data.Row) -> str:
+    return f"Question: {row.get(data.QUESTION)}\nAnswer:"
+
+
+def answers(row: data.Row) -> list[str]:
+    return row.get(data.ANSWER, list)
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark(
+        "gsm8k-test", "math", "complete", gsm8k_prompt, gsm8k_gold, gsm8k_strict, gsm8k_official,
+        number_after_marker, 1024, ("Instruction:", "Instruction", "Response:", "Response"),
+        bos="always", loss_under="math"),
+    "nq_open": Benchmark(
+        "nq_open", "world knowledge", "complete", nq_prompt, answers, exact_match,
+        new_tokens=256, stops=("\n", ".", ",")),
+    "webqs": Benchmark(
+        "webqs", "world knowledge", "greedy_match", webqs_prompt,
+        lambda row: without_extensions(answers(row))),
+}
+
+
+def of_task(task: str) -> list[str]:
+    """The benchmarks of a task: those behind T, then those behind K."""
+    groups = data.TASKS[task].group, data.TASKS[task].knowledge
+    return [name for group in groups for name, b in BENCHMARKS.items() if b.group == group]

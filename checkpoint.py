@@ -1,0 +1,554 @@
+"""Files in and out: checkpoints, adapters, the hub, the tokenizer; every name and shape checked.
+
+    load         Hugging Face safetensors -> model, from a folder, a short name or a hub id
+    save         model -> a folder that transformers loads
+    read_config  config.json -> Config, absent fields filled in as transformers does
+    fetch        the folder of a checkpoint, downloaded if need be
+    Tokenizer    tokenizer.json, with the BOS rule made explicit
+    save_adapter, load_adapter    A, B and the A0, B0 that were taken out of W
+    atomic       a file is written whole or not at all
+
+Only safetensors are read, never a pickle; no code of a checkpoint runs. Bad input is a UserError
+of one line that names the file.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as HFTokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import FAMILIES, Config, Llama, adapted_layers, attach, empty
+
+
+class UserError(ValueError):
+    """Bad input that the user can mend: the scripts print it as one line and exit with 2."""
+
+
+# ----------------------------------------------------------------------- names of checkpoints
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192.0,
+}
+LLAMA3_TOKENS = {"bos_token_id": 128000, "eos_token_ids": (128001,)}
+SMOLLM2_TOKENS = {"bos_token_id": 0, "eos_token_ids": (0,)}
+
+# short name: (hub id, settings), so that a plan needs no download.
+#         V, d, MLP width, blocks, heads, key-value heads, head width
+MODELS = {
+    "llama2-7b": ("meta-llama/Llama-2-7b-hf", Config(32000, 4096, 11008, 32, 32, 32, 128)),
+    "llama2-13b": ("meta-llama/Llama-2-13b-hf", Config(32000, 5120, 13824, 40, 40, 40, 128)),
+    "llama3-8b": (
+        "meta-llama/Meta-Llama-3-8B",
+        Config(128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5, **LLAMA3_TOKENS,
+               max_position_embeddings=8192),
+    ),
+    "llama3.1-8b": (
+        "meta-llama/Llama-3.1-8B",
+        Config(128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5, **LLAMA3_TOKENS,
+               rope_scaling=LLAMA3_ROPE | {"factor": 8.0}, max_position_embeddings=131072),
+    ),
+    "llama3.2-1b": (
+        "meta-llama/Llama-3.2-1B",
+        Config(128256, 2048, 8192, 16, 32, 8, 64, rope_theta=5e5, **LLAMA3_TOKENS,
+               rope_scaling=LLAMA3_ROPE | {"factor": 32.0}, tie_word_embeddings=True,
+               max_position_embeddings=131072),
+    ),
+    "llama3.2-3b": (
+        "meta-llama/Llama-3.2-3B",
+        Config(128256, 3072, 8192, 28, 24, 8, 128, rope_theta=5e5, **LLAMA3_TOKENS,
+               rope_scaling=LLAMA3_ROPE | {"factor": 32.0}, tie_word_embeddings=True,
+               max_position_embeddings=131072),
+    ),
+    "mistral-7b-v0.3": (
+        "mistralai/Mistral-7B-v0.3",
+        Config(32768, 4096, 14336, 32, 32, 8, 128, rope_theta=1e6, model_type="mistral",
+               max_position_embeddings=32768),
+    ),
+    "smollm2-135m": (
+        "HuggingFaceTB/SmolLM2-135M",
+        Config(49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, **SMOLLM2_TOKENS,
+               tie_word_embeddings=True, max_position_embeddings=8192),
+    ),
+    "smollm2-135m-instruct": (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        Config(49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, bos_token_id=1, eos_token_ids=(2,),
+               tie_word_embeddings=True, max_position_embeddings=8192),
+    ),
+    "smollm2-360m": (
+        "HuggingFaceTB/SmolLM2-360M",
+        Config(49152, 960, 2560, 32, 15, 5, 64, rope_theta=1e5, **SMOLLM2_TOKENS,
+               tie_word_embeddings=True, max_position_embeddings=8192),
+    ),
+    "smollm2-1.7b": (
+        "HuggingFaceTB/SmolLM2-1.7B",
+        Config(49152, 2048, 8192, 24, 32, 32, 64, rope_theta=130000.0, **SMOLLM2_TOKENS,
+               tie_word_embeddings=True, max_position_embeddings=8192),
+    ),
+}
+
+
+def config_of(name_or_path: str | Path) -> Config:
+    """The Config of a short name without any download, otherwise of the fetched config.json."""
+    text = str(name_or_path)
+    if text in MODELS and not Path(text).is_dir():
+        return MODELS[text][1]
+    if not Path(text).is_dir() and is_hub_id(text):
+        return read_config(hub_download(text, "config.json").parent)
+    return read_config(fetch(text))
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text that is no folder can be the id of a hub repository, owner/name.
+
+    runs/typo is none where there is a folder runs.
+    """
+    looks = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.git)", text)
+    return looks is not None and not Path(text).parent.is_dir()
+
+
+def fetch(name_or_path: str | Path) -> Path:
+    """The folder of a checkpoint: a folder as it is, a short name of MODELS or a hub id by
+    download (config, tokenizer, and only those weight files that the index names).
+
+    Raises UserError saying what to do when it cannot be had.
+    """
+    text = str(name_or_path)
+    if Path(text).is_dir():
+        return Path(text)
+    if text in MODELS:
+        repo = MODELS[text][0]
+    elif is_hub_id(text):
+        repo = text
+    else:
+        raise UserError(f"--model {text}: no such folder, and not one of the short names "
+                        + ", ".join(MODELS) + "; a hub id has the form owner/name")
+    config = hub_download(repo, "config.json")
+    hub_download(repo, "tokenizer.json")
+    hub_download(repo, "tokenizer_config.json", optional=True)
+    index = hub_download(repo, "model.safetensors.index.json", optional=True)
+    for shard in weight_files(index.parent) if index else ["model.safetensors"]:
+        hub_download(repo, shard)
+    return config.parent
+
+
+def hub_download(repo: str, filename: str, repo_type: str = "model",
+                 optional: bool = False) -> Path | None:
+    """One file of a hub repository, from the cache or the network; None if optional and absent."""
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # its retries; the error below says it once
+    where = f"{repo}/{filename}"
+    try:
+        return Path(hf_hub_download(repo, filename, repo_type=repo_type))
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{where}: the repository is gated. Accept its licence on huggingface.co/{repo} and "
+            "run `hf auth login`, or pass --model an open copy's id or a local folder") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{where}: no such repository on the hub (or it is private: run "
+                        "`hf auth login`); a local folder works too") from None
+    except errors.RemoteEntryNotFoundError:
+        if optional:
+            return None
+        raise UserError(f"{where}: the repository has no such file; only checkpoints with "
+                        "config.json, tokenizer.json and *.safetensors can be read") from None
+    except (OSError, errors.HfHubHTTPError) as error:
+        if optional and isinstance(error, errors.LocalEntryNotFoundError):
+            return None  # offline: the files that are needed speak for themselves
+        line = str(error).strip().split("\n")[0]
+        raise UserError(f"{where}: could not be downloaded ({line}). Without the hub, pass a "
+                        "local file or folder instead") from None
+
+
+# --------------------------------------------------------------------------------- config.json
+
+
+# What a field of Config must be, by its type.
+CHECKS = {
+    int: (lambda v: type(v) is int and v > 0, "a positive whole number"),
+    float: (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
+    bool: (lambda v: type(v) is bool, "true or false"),
+    tuple[int, ...]: (lambda v: all(type(t) is int and t >= 0 for t in v),
+                      "a token id or a list of them"),
+}
+ANYTHING = (lambda v: True, "")
+# Fields that other fields decide where the file leaves them out; those stand before them in Config.
+DERIVED = {
+    "num_key_value_heads": lambda value: value["num_attention_heads"],
+    "head_dim": lambda value: value["hidden_size"] // value["num_attention_heads"],
+}
+
+
+def read_config(folder: str | Path) -> Config:
+    """Config from `folder`/config.json, as written before transformers 5 (rope_theta beside
+    rope_scaling) or since (both inside rope_parameters).
+
+    Absent fields have the defaults of their family, and so has null where that is the family's
+    way to say "none". Raises UserError naming the file and the field for anything missing, wrong
+    or unsupported.
+    """
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if kind not in tuple(FAMILIES):  # a tuple, since a wrong file may hold a list here
+        raise UserError(f"{path}: model_type {kind!r} is not supported; supported: "
+                        + ", ".join(FAMILIES))
+    defaults = FAMILIES[kind].defaults
+    value = defaults | {k: v for k, v in raw.items() if v is not None or defaults.get(k)}
+    if "sliding_window" in defaults and value["sliding_window"]:
+        raise UserError(f"{path}: sliding-window attention (sliding_window = "
+                        f"{value['sliding_window']}) is not supported; Mistral v0.3 has none")
+    if value["hidden_act"] != "silu":
+        raise UserError(f"{path}: hidden_act {value['hidden_act']!r} is not supported; only 'silu'")
+    value |= rope_fields(raw, value, path)
+    eos = value["eos_token_id"]
+    value["eos_token_ids"] = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+    for field in fields(Config):
+        name = field.name
+        if name in DERIVED and value[name] is None:
+            value[name] = DERIVED[name](value)
+        good, what = CHECKS.get(field.type, ANYTHING)
+        if not good(value.get(name)):
+            said = "eos_token_id" if name == "eos_token_ids" else name
+            raise UserError(f"{path}: {said} must be {what}, not {value.get(name)!r}")
+    heads, kv_heads = value["num_attention_heads"], value["num_key_value_heads"]
+    if heads % kv_heads or (raw.get("head_dim") is None and value["hidden_size"] % heads):
+        raise UserError(f"{path}: {heads} attention heads fit neither {kv_heads} key-value heads "
+                        f"nor hidden_size {value['hidden_size']}")
+    if value["head_dim"] % 2:
+        raise UserError(f"{path}: head_dim must be even, for rotary pairs, not "
+                        f"{value['head_dim']}")
+    return Config(**{f.name: float(value[f.name]) if f.type is float else value[f.name]
+                     for f in fields(Config)})
+
+
+def rope_fields(raw: dict, value: dict, path: Path) -> dict[str, Any]:
+    """rope_theta and rope_scaling of either generation of config.json."""
+    which = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(which) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: {which} must be an object, not {rope!r}")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise UserError(f"{path}: rope type {rope_type!r} is not supported; "
+                        "supported: default, llama3")
+    theta = rope.get("rope_theta", value["rope_theta"])
+    if rope_type == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    good, what = CHECKS[float]
+    scaling = {key: rope.get(key) for key in ("factor", *LLAMA3_ROPE) if key != "rope_type"}
+    for key, number in scaling.items():
+        if not good(number):
+            raise UserError(f"{path}: {which}.{key} must be {what}, not {number!r}")
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": "llama3"} | {
+        key: float(number) for key, number in scaling.items()}}
+
+
+# ------------------------------------------------------------------------------- the weights
+
+
+def weight_files(folder: str | Path) -> list[str]:
+    """Names of the safetensors files of a checkpoint folder, in the index's order."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: no weight_map")
+        for name in weight_map.values():
+            inside = isinstance(name, str) and Path(name).name == name and "\\" not in name
+            if not inside or name in ("", ".", ".."):
+                raise UserError(f"{index}: shard {name!r} points outside the folder")
+        return list(dict.fromkeys(weight_map.values()))
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise UserError(f"{folder}: holds only pickled weights, which can run code when opened; "
+                        "convert it with save_pretrained(safe_serialization=True)")
+    raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def read_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]],
+                 dtype: torch.dtype | None, device: str | torch.device) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, converted one at a time on the way in.
+
+    All names and shapes are checked against `expected` before the first byte of data is read.
+    Raises UserError naming file and tensor.
+    """
+    folder, found, head = Path(folder), {}, None
+    files = weight_files(folder)
+    for file in files:
+        path = folder / file
+        if not path.exists():
+            raise UserError(f"{path}: named by the index, but not there")
+        try:
+            with safe_open(path, "pt") as shard:
+                shapes = {n: tuple(shard.get_slice(n).get_shape()) for n in shard.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged or incomplete ({error}); fetch it again") from None
+        for name, shape in shapes.items():
+            if name.endswith("rotary_emb.inv_freq"):
+                print(f"{file}: ignoring {name} (the model computes it)")
+            elif name == "lm_head.weight" and name not in expected:
+                head = path  # a tied head that was stored a second time
+            elif name not in expected:
+                raise UserError(f"{path}: unexpected tensor {name}")
+            elif shape != expected[name]:
+                raise UserError(f"{path}: {name} has shape {shape}, config.json implies "
+                                f"{expected[name]}")
+            elif name in found:
+                raise UserError(f"{path}: {name} also stands in {found[name].name}")
+            else:
+                found[name] = path
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{folder}: tensor {missing[0]}{more} is missing")
+    if head is not None:
+        embedding = "model.embed_tokens.weight"
+        with safe_open(head, "pt") as one, safe_open(found[embedding], "pt") as two:
+            if not torch.equal(one.get_tensor("lm_head.weight"), two.get_tensor(embedding)):
+                raise UserError(f"{head}: lm_head.weight is not the embedding, though config.json "
+                                "says tie_word_embeddings")
+    tensors = {}
+    total = sum(math.prod(s) for s in expected.values())
+    bar = tqdm(total=total, unit="p", unit_scale=True, desc="loading", leave=False,
+               disable=None, delay=2)
+    for file in files:
+        with safe_open(folder / file, "pt") as shard:
+            for name in [n for n, path in found.items() if path == folder / file]:
+                tensor = shard.get_tensor(name)
+                if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+                    raise UserError(f"{folder / file}: {name} is {tensor.dtype}; quantised "
+                                    "checkpoints are not supported, use the fp16/bf16/fp32 one")
+                # copy=True: never keep a view of the file, which may change under us.
+                tensors[name] = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+                bar.update(tensor.numel())
+    bar.close()
+    return tensors
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """The named device, by default cuda, then mps, then cpu; UserError if it is not there."""
+    if device is None:
+        has_mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).split("\n")[0]
+        raise UserError(f"--device {device}: not usable here ({line})") from None
+    return torch.device(device)
+
+
+def load(name_or_path: str | Path, dtype: torch.dtype | None = None,
+         device: str | torch.device | None = None) -> Llama:
+    """A pretrained model from a folder, a hub id or a short name, in eval mode.
+
+    dtype None is fp32 on CPU, where bf16 products are many times slower, and bf16 elsewhere.
+    Peak memory is the model plus one tensor. Raises UserError for anything wrong with the files.
+    """
+    device = pick_device(None if device is None else str(device))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    folder = fetch(name_or_path)
+    model = empty(read_config(folder))
+    expected = {n: tuple(p.shape) for n, p in model.named_parameters()}  # a tied head counts once
+    tensors = read_tensors(folder, expected, dtype, device)
+    if model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True, strict=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def save(model: Llama, folder: str | Path) -> None:
+    """Write config.json and model.safetensors as Hugging Face does (a tied head is not stored)."""
+    if adapted_layers(model):
+        raise ValueError("merge() the adapters before saving the model")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = asdict(model.config)
+    config["eos_token_id"] = list(config.pop("eos_token_ids"))
+    config |= {"architectures": [FAMILIES[model.config.model_type].architecture],
+               "hidden_act": "silu", "sliding_window": None,
+               "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    save_json(folder / "config.json", config)
+    save_tensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
+
+
+# ------------------------------------------------------------------------------- the adapter
+
+
+def save_adapter(path: str | Path, model: nn.Module, initial: dict[str, tuple[Tensor, Tensor]],
+                 residual: str) -> None:
+    """A, B of every adapted layer and the A0, B0 that were taken out of W at the start.
+
+    `initial` {name: (A0, B0)} is empty for methods that leave W as it is.
+    """
+    tensors = {}
+    for name, layer in adapted_layers(model).items():
+        tensors |= {f"{name}.A": layer.A, f"{name}.B": layer.B}
+        if name in initial:
+            tensors |= {f"{name}.A0": initial[name][0], f"{name}.B0": initial[name][1]}
+        scaling = layer.scaling
+    save_tensors(path, tensors, {"adapter": json.dumps({"scaling": scaling,
+                                                        "residual": residual})})
+
+
+def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
+                 ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Put a saved adapter on an untouched base model; returns `initial` as save_adapter takes it.
+
+    W_res is computed from W, A0 and B0 just as at the start of training, so it has the same bits.
+    Raises UserError if the file is damaged or does not fit the model.
+    """
+    tensors, meta = load_tensors(path)
+    names = [key[:-2] for key in tensors if key.endswith(".A")]
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in names:
+        A, B = tensors[f"{name}.A"], tensors.get(f"{name}.B")
+        if name not in linears or B is None:
+            raise UserError(f"{path}: adapts {name}, which the base model does not have")
+        if (B.shape[0], A.shape[1]) != tuple(linears[name].weight.shape):
+            raise UserError(f"{path}: {name} is {B.shape[0]} x {A.shape[1]}, the base model's "
+                            f"is {tuple(linears[name].weight.shape)}; wrong base model?")
+    if not names or "adapter" not in meta:
+        raise UserError(f"{path}: not an adapter written by train.py")
+    how = json.loads(meta["adapter"])
+    initial = {n: (tensors[f"{n}.A0"], tensors[f"{n}.B0"]) for n in names if f"{n}.A0" in tensors}
+    untouched = {n: (tensors[f"{n}.A"], torch.zeros_like(tensors[f"{n}.B"])) for n in names}
+    attach(model, untouched | initial, how["scaling"], dropout, how["residual"])
+    with torch.no_grad():
+        for name, layer in adapted_layers(model).items():
+            layer.A.copy_(tensors[f"{name}.A"])
+            layer.B.copy_(tensors[f"{name}.B"])
+    return initial
+
+
+# ---------------------------------------------------------------------- files, whole or not
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file; UserError when it is missing, broken or not an object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes `path` on success and vanishes on failure, so
+    that a killed process never leaves half a file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: str | Path, value: dict) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file. Give one metadata entry: several are written in random order, and
+    then equal runs do not leave equal files."""
+    with atomic(path) as temporary:
+        flat = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        try:
+            save_file(flat, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from None
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, on the CPU, and its metadata."""
+    try:
+        with safe_open(path, "pt") as file:
+            # clone: never keep a view of the file, which may change under us.
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or incomplete ({error})") from None
+
+
+# ------------------------------------------------------------------------------ the tokenizer
+
+
+class Tokenizer:
+    """tokenizer.json of a checkpoint, with the BOS rule made explicit.
+
+    BOS is whatever tokenizer.json's own post-processor puts in front of a text: <s> for Llama
+    and Mistral, nothing for SmolLM2. EOS is tokenizer_config.json's eos_token where it is given.
+    """
+
+    def __init__(self, folder: str | Path, config: Config):
+        path = Path(folder) / "tokenizer.json"
+        if not path.exists():
+            raise UserError(f"{path}: no such file; sentencepiece-only checkpoints need a "
+                            "tokenizer.json (transformers' AutoTokenizer writes one)")
+        try:
+            self.hf = HFTokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception for every parse error
+            raise UserError(f"{path}: not a readable tokenizer ({error})") from None
+        self.hf.no_truncation()
+        self.hf.no_padding()
+        top = max(self.hf.get_vocab().values(), default=-1)
+        if top >= config.vocab_size:
+            raise UserError(f"{path}: holds token id {top}, but the embedding has only "
+                            f"{config.vocab_size} rows; tokenizer and model do not match")
+        # What stands before the text, [bos] or []; some templates add EOS behind it, too.
+        plain, whole = (self.hf.encode("a", add_special_tokens=special).ids
+                        for special in (False, True))
+        self.prefix = next(whole[:i] for i in range(len(whole) + 1)
+                           if whole[i : i + len(plain)] == plain)
+        self.eos_ids = tuple(config.eos_token_ids)
+        named = Path(folder) / "tokenizer_config.json"
+        eos = read_json(named).get("eos_token") if named.exists() else None
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        eos_id = self.hf.token_to_id(eos) if isinstance(eos, str) else None
+        if eos is not None and eos_id is None:
+            raise UserError(f"{named}: eos_token {eos!r} is not a token of tokenizer.json")
+        if eos_id is None and not self.eos_ids:
+            raise UserError(f"{named}: names no eos_token, nor does config.json")
+        self.eos_id = self.eos_ids[0] if eos_id is None else eos_id
+        self.eos_ids = tuple(dict.fromkeys((self.eos_id, *self.eos_ids)))
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        ids = self.hf.encode(text, add_special_tokens=False).ids
+        return self.prefix + ids if bos else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.hf.decode(list(ids), skip_special_tokens=True)

@@ -1,0 +1,271 @@
+"""What a run will cost before it starts: parameters, ranks, steps, memory; and what is free.
+
+    make(s, config)    the numbers, for --dry-run, for tables, and for train.py to fill in the
+                       micro-batch before it loads the model
+    show(s, plan)      the same as text
+
+Nothing here needs weights, data or the hub.
+"""
+
+import math
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from farss import block_index
+from model import Config, empty, linear_names
+from settings import DTYPES, LINEARS, Settings, preset
+
+CALIBRATION_BATCH = 8  # sequences; a constant, so that no number depends on the free memory
+# Linear layers that read the same tensor share one Σ_h: by layer, a name for what it reads.
+READS = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp",
+             up_proj="mlp")
+Shapes = dict[str, tuple[int, int]]  # layer: (m, n)
+
+
+@dataclass(frozen=True)
+class Group:
+    """All layers of one kind at one depth."""
+
+    depth: str  # shallow, deep, or all
+    leaf: str
+    count: int
+    shape: tuple[int, int]
+    ranks: tuple[int, int]  # the least and the most that the data can decide
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        low, high = (self.count * r * sum(self.shape) for r in self.ranks)
+        return low, high
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers; memory in bytes by part."""
+
+    blocks: int
+    parameters: int
+    trainable: float  # where ranks are adaptive: if every shallow one were r_avg
+    bounds: tuple[float, float]  # the least and the most that the data can decide
+    uniform: int  # with rank R everywhere, as LoRA
+    groups: list[Group]  # of adapted layers
+    steps: int
+    warmup_steps: int
+    micro_batch: int
+    checkpointing: bool
+    training: dict[str, float]
+    initialisation: dict[str, float]  # empty where a method needs no factors
+    memory: float  # that the device has
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.training.values()) <= self.memory
+
+
+def make(s: Settings, config: Config, memory: float | None = None) -> Plan:
+    """The plan of a run on a device with `memory` bytes (None: what is free on s.device now)."""
+    skeleton = empty(config)
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    memory = device_memory(s.device) if memory is None else memory
+    trainable: float = parameters
+    bounds: tuple[float, float] = (parameters, parameters)
+    shapes: Shapes = {}
+    if s.how.trains == "adapters":
+        shapes = {n: tuple(skeleton.get_submodule(n).weight.shape)
+                  for n in linear_names(skeleton, s.target_names)}
+        trainable = adapter_parameters(s, shapes, s.r_avg)
+        bounds = adapter_parameters(s, shapes, s.r_min), adapter_parameters(s, shapes, s.r_max)
+    micro_batch, checkpointing = choose_micro_batch(s, config, parameters, bounds[1], memory)
+    steps = s.steps or s.epochs * math.ceil(s.examples / s.batch_size)
+    return Plan(
+        config.num_hidden_layers, parameters, trainable, bounds,
+        s.rank * sum(m + n for m, n in shapes.values()), layer_groups(s, shapes), steps,
+        math.ceil(s.warmup * steps), micro_batch, checkpointing,
+        training_memory(s, config, parameters, bounds[1], micro_batch, checkpointing),
+        initialisation_memory(s, config, parameters) if s.how.needs == "fisher" else {}, memory)
+
+
+# -------------------------------------------------------------------------- ranks and parameters
+
+
+def is_shallow(s: Settings, name: str) -> bool:
+    return s.how.adaptive and block_index(name) < s.shallow
+
+
+def adapter_parameters(s: Settings, shapes: Shapes, shallow_rank: float) -> float:
+    """Σ r (m + n) if every layer of adaptive rank had `shallow_rank`; min(m, n) is the most."""
+    return sum(min(shallow_rank if is_shallow(s, name) else s.rank, m, n) * (m + n)
+               for name, (m, n) in shapes.items())
+
+
+def layer_groups(s: Settings, shapes: Shapes) -> list[Group]:
+    """Layers by depth and kind, shallow ones first."""
+    members: dict[tuple[str, str], list[str]] = {}
+    for name in shapes:
+        depth = "shallow" if is_shallow(s, name) else "deep" if s.how.adaptive else "all"
+        members.setdefault((depth, name.rsplit(".", 1)[1]), []).append(name)
+    groups = []
+    for (depth, leaf), names in sorted(members.items(), key=lambda g: g[0][0] != "shallow"):
+        m, n = shapes[names[0]]
+        low, high = (s.r_min, s.r_max) if depth == "shallow" else (s.rank, s.rank)
+        groups.append(Group(depth, leaf, len(names), (m, n), (min(low, m, n), min(high, m, n))))
+    return groups
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def element_size(s: Settings) -> int:
+    return torch.finfo(DTYPES[s.dtype]).bits // 8
+
+
+def block_activations(s: Settings, config: Config) -> int:
+    """Bytes that one block keeps per token for its backward pass.
+
+    About 10 d + 2 kv + 4 f numbers (norms, q, k, v, rotated q and k, attention's output; gate, up,
+    SiLU and product), d the width, kv and f those of keys and MLP; and each adapted layer's
+    input once more in fp32, with its dropout mask.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
+    size = element_size(s) * (10 * d + 2 * kv + 4 * f)
+    if s.how.trains == "adapters":
+        size += sum(5 * (f if t == "down_proj" else d) for t in s.target_names if t in LINEARS)
+    return size
+
+
+def training_memory(s: Settings, config: Config, parameters: int, trainable: float,
+                    micro_batch: int, checkpointing: bool) -> dict[str, float]:
+    """Estimated peak bytes of training, by part.
+
+    What is trained costs 16 bytes a number (fp32 weight, gradient, AdamW's two moments).
+    Checkpointing keeps only a block's input, and all activations of one block at a time.
+    """
+    block, blocks = block_activations(s, config), config.num_hidden_layers
+    kept = blocks * element_size(s) * config.hidden_size + block if checkpointing else (
+        blocks * block)
+    return {"frozen weights": 0 if s.how.trains == "weights" else element_size(s) * parameters,
+            "trained, with AdamW": 16 * trainable,
+            "activations": micro_batch * s.max_length * kept,
+            "logits": 3 * 2**28}
+
+
+def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[str, float]:
+    """Estimated peak bytes of the sweep through the blocks, by part.
+
+    The kept inputs go to CPU memory where the device has no room for them.
+    """
+    skeleton = empty(config)
+    shapes = {n: skeleton.get_submodule(n).weight.shape
+              for n in linear_names(skeleton, s.target_names) if block_index(n) == 0}
+    inputs = {READS.get(n.rsplit(".", 1)[1], n): shape[1] for n, shape in shapes.items()}
+    numbers = sum(n * n for n in inputs.values()) + sum(m * m for m, _ in shapes.values())
+    return {"weights": element_size(s) * parameters,
+            "factors of a block": 4 * numbers,
+            "activations of a block": CALIBRATION_BATCH * s.max_length * block_activations(
+                s, config) + 3 * 2**28,
+            "kept inputs": kept_inputs(s, config, s.calibration * s.max_length)}
+
+
+def kept_inputs(s: Settings, config: Config, tokens: int) -> int:
+    """Bytes of what goes into each block, for all calibration tokens."""
+    return tokens * config.hidden_size * config.num_hidden_layers * element_size(s)
+
+
+def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: float,
+                       memory: float) -> tuple[int, bool]:
+    """(examples per forward pass, checkpointing): the largest 2^i part of the batch that fits."""
+    sizes = [s.batch_size >> i for i in range(s.batch_size.bit_length())]
+    sizes = [s.micro_batch] if s.micro_batch else sizes
+    checks = [False, True] if s.checkpointing is None else [s.checkpointing]
+    for checkpointing in checks:
+        for size in sizes:
+            need = training_memory(s, config, parameters, trainable, size, checkpointing)
+            if sum(need.values()) <= 0.9 * memory:
+                return size, checkpointing
+    return sizes[-1], checks[-1]
+
+
+def device_memory(device: str | None) -> float:
+    """Free bytes on the device; without one (a plan), the paper's 80 GB GPU."""
+    if device is None:
+        return 80e9
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8e9  # macOS does not say
+
+
+def memory_used(device: str) -> float:
+    """Peak bytes so far: of the GPU's allocator, otherwise of the whole process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+def million(count: float) -> str:
+    return f"{count / 1e6:,.1f}M"
+
+
+def parts(memory: dict[str, float]) -> str:
+    """"12.3 GB: weights 10.0, activations 2.3"."""
+    each = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items())
+    return f"{sum(memory.values()) / 1e9:.1f} GB: {each}"
+
+
+def rank_table(groups: list[Group]) -> Iterator[str]:
+    """One line per kind of layer, shallow and deep apart."""
+    yield f"{'layers':22}{'count':>6}{'shape':>16}{'rank':>12}{'trainable':>12}"
+    for g in groups:
+        (low, high), (few, many) = g.ranks, g.parameters
+        rank = f"{low}" if low == high else f"{low}..{high}"
+        size = f"{few / 1e6:.1f}M" if low == high else f"{few / 1e6:.1f}..{many / 1e6:.1f}M"
+        shape = f"{g.shape[0]} x {g.shape[1]}"
+        yield f"{g.depth + ' ' + g.leaf:22}{g.count:>6}{shape:>16}{rank:>12}{size:>12}"
+
+
+def show(s: Settings, plan: Plan) -> None:
+    """--dry-run: all that can be known without weights and data."""
+    print(f"plan: {s.model}, {s.task}, {s.method}")
+    print(f"model         {plan.blocks} blocks, {million(plan.parameters)} parameters, {s.dtype}")
+    if s.how.adaptive:
+        print(f"shallow       {s.shallow} of {plan.blocks} blocks, r (r_min, r_avg, r_max) = "
+              f"({s.r_min}, {s.r_avg:g}, {s.r_max}), lowest-scoring directions")
+        print(f"deep          {plan.blocks - s.shallow} blocks, R = {s.rank}, highest-scoring "
+              "directions")
+    if s.how.trains == "adapters":
+        print(f"scaling       alpha / R = {s.alpha:g} / {s.rank} = {s.scaling:g}\n")
+        print("\n".join(rank_table(plan.groups)))
+    if s.how.trains == "weights":
+        print(f"trainable     all {million(plan.trainable)}, fp32 master weights")
+    elif s.how.adaptive:
+        paper = preset(s.model, s.task).printed_parameters
+        print(f"trainable     {million(plan.trainable)} if every shallow rank were r_avg; the data "
+              f"decide, between {million(plan.bounds[0])} and {million(plan.bounds[1])}"
+              + (f"; the paper prints {paper}M" if paper and s.rank == 128 else ""))
+        print(f"              LoRA of rank {s.rank}: {million(plan.uniform)}")
+    else:
+        print(f"trainable     {million(plan.trainable)}")
+    print(f"\nsteps         {plan.steps:,} of {s.batch_size} examples"
+          + (f" ({s.epochs} epoch of {s.examples:,})" if not s.steps else "")
+          + f", {plan.warmup_steps} of them warm-up to lr {s.lr:g}")
+    has = f"{plan.memory / 1e9:.0f} GB" + (" (an 80 GB GPU; no --device given)" if s.device is None
+                                           else f" free on {s.device}")
+    print(f"memory        of {has}, about")
+    print(f"              training {parts(plan.training)} (micro-batch {plan.micro_batch}"
+          + (", checkpointing)" if plan.checkpointing else ")"))
+    if plan.initialisation:
+        print(f"              initialisation {parts(plan.initialisation)}")
+    if not plan.fits:
+        print("              THIS DOES NOT FIT"
+              + (": AdamW needs 16 bytes for every weight" if s.how.trains == "weights" else
+                 "; try a smaller --max-length or --targets"))

@@ -1,0 +1,306 @@
+"""Every setting of a run with its source in the paper, the command line, and the run's folder.
+
+The defaults are the paper's; a row of PRESETS refines them for one model and task; flags have the
+last word. `python train.py --help` lists all of them.
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+import checkpoint
+import data
+import farss
+from baselines import METHODS, Method
+from checkpoint import UserError
+from model import Config, empty, linear_names
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def named(rows: dict) -> str:
+    """"a (about a), b (about b)", for the help of an option that names a row of a table."""
+    return ", ".join(f"{name} ({row.about})" for name, row in rows.items())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run. The defaults are the paper's; rows of PRESETS refine them."""
+
+    model: str = setting(None, "short name, hub id, or folder of a Hugging Face checkpoint")
+    task: str = setting("math", "what is trained on: " + named(data.TASKS))
+    data: str = setting(None, "train on this instead: metamath, gsm8k, or a .json/.jsonl[.gz]/"
+                              ".parquet file with a question and an answer column")
+    method: str = setting("farss", named(METHODS))
+    # initialisation
+    rank: int = setting(128, "R: rank of the deep layers, of all layers for lora (A.2.1: 128)")
+    alpha: float = setting(None, "the adapters are scaled by alpha / R, one constant for all "
+                                 "layers (A.2.1: alpha = R, so 1)")
+    shallow: int = setting(None, "number of shallow blocks, counted from the first (4.2; 7/32 of "
+                                 "the blocks for models that the paper has not)")
+    r_min: int = setting(1, "smallest rank of a shallow layer (4.2)")
+    r_avg: float = setting(50, "mean rank asked for the shallow layers, before clipping (4.2)")
+    r_max: int = setting(64, "largest rank of a shallow layer (4.2)")
+    calibration: int = setting(256, "training examples for the K-FAC factors (A.2.1)")
+    fisher: str = setting("empirical", "labels behind the gradients: empirical (the data's, as "
+                                       "the paper runs it) or sampled (the model's, as Eq. 5)")
+    residual: str = setting("split", "split: store W - scaling B A (the paper); exact: keep W "
+                                     "and subtract the initial adapter in the forward pass")
+    targets: str = setting(",".join(LINEARS), "linear layers to adapt (A.2.1: all seven)")
+    # training (A.2.1)
+    lr: float = setting(2e-5, "peak learning rate of AdamW, falling linearly to 0 (A.2.1)")
+    batch_size: int = setting(16, "examples per step (A.2.1; the official scripts: 128)")
+    examples: int = setting(100_000, "training examples, drawn at random (A.2.1)")
+    epochs: int = setting(1, "passes over the examples (A.2.1)")
+    steps: int = setting(None, "stop after this many steps, the schedule fitted to them")
+    max_length: int = setting(512, "tokens per sequence; the rest is cut (official code)")
+    warmup: float = setting(0.03, "part of the steps with rising learning rate (A.2.1)")
+    weight_decay: float = setting(0.0, "decoupled weight decay (A.2.1: none)")
+    dropout: float = setting(0.05, "dropout on the adapters' input (A.2.1)")
+    clip: float = setting(1.0, "largest gradient norm (transformers' default; the paper is "
+                               "silent)")
+    seed: int = setting(0, "of the draw of examples, their order, LoRA's A, and dropout")
+    # machine
+    dtype: str = setting(None, "float32 or bfloat16 (A.2.1: bfloat16; on CPU float32, which is "
+                               "many times faster there)")
+    device: str = setting(None, "cuda, mps or cpu (default: the first that is there)")
+    micro_batch: int = setting(None, "examples per forward pass (default: as many as fit into "
+                                     "memory); the gradient is that of the whole batch")
+    checkpointing: bool = setting(None, "recompute activations in the backward pass (default: "
+                                        "only if memory needs it)")
+    save_every: int = setting(200, "steps between checkpoints")
+
+    @property
+    def how(self) -> Method:
+        """The method's row of METHODS."""
+        return METHODS[self.method]
+
+    @property
+    def scaling(self) -> float:
+        """α / R, one constant for all layers."""
+        return self.alpha / self.rank
+
+    @property
+    def target_names(self) -> list[str]:
+        return self.targets.split(",")
+
+    @property
+    def budget(self) -> farss.Budget:
+        """The ranks; ValueError for impossible ones."""
+        return farss.Budget(self.shallow, self.rank, self.r_avg, self.r_min, self.r_max)
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of the weights in memory: fp32 where they are trained, since AdamW's steps are below
+        bf16's last bit."""
+        return torch.float32 if self.how.trains == "weights" else DTYPES[self.dtype]
+
+
+class Preset(NamedTuple):
+    """What differs from the defaults for one model and task, and what the paper prints there."""
+
+    settings: dict[str, Any]
+    matched_rank: int | None = None  # R of the run that matches LoRA's parameters (Tables 2, 10)
+    printed_parameters: int | None = None  # FARSS's #Params in millions, at R = 128
+
+
+# (model, task): shallow blocks of section 4.2 and A.6.
+PRESETS = {
+    ("llama2-7b", "math"): Preset(dict(shallow=7), 153, 271),
+    ("mistral-7b-v0.3", "math"): Preset(dict(shallow=5), 152, 300),
+    ("llama3-8b", "math"): Preset(dict(shallow=9), 155, 276),
+    ("llama2-13b", "math"): Preset(dict(shallow=11), 164, 400),
+}
+
+
+def preset(model: str, task: str) -> Preset:
+    """The row of a model and task; an empty one where the paper has none."""
+    return PRESETS.get((model, task), Preset({}))
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One line on stderr, and out: 2 for bad input, 1 for a run that went wrong."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says what is wrong in one line, and takes no abbreviations."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see --help)")
+
+
+def training_arguments(description: str | None, argv: list[str] | None = None
+                       ) -> argparse.Namespace:
+    """The command line of train.py: a flag for every setting, and those of the run itself."""
+    parser = Parser(description)
+    starts = {"model": "what", "rank": "initialisation (sections 3.2 and 3.3)",
+              "lr": "training", "dtype": "machine"}
+    choices = {"method": tuple(METHODS), "task": tuple(data.TASKS), "dtype": tuple(DTYPES),
+               "fisher": ("empirical", "sampled"), "residual": ("split", "exact")}
+    for f in fields(Settings):
+        if f.name in starts:
+            group = parser.add_argument_group(starts[f.name])
+        default = "" if f.default is None else f"; default {f.default}"
+        more: dict[str, Any] = (
+            dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+            dict(type=f.type, choices=choices.get(f.name),
+                 metavar=None if f.name in choices else f.name.upper()))
+        group.add_argument("--" + f.name.replace("_", "-"), default=None,
+                           help=f.metadata["help"] + default, **more)
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, help="folder of the run "
+                       "(default runs/<model>-<task>-<method>-s<seed>)")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="continue a stopped run with "
+                       "its own settings; takes no other option")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and stop: "
+                       "parameters, ranks, steps, memory; needs no weights")
+    args = parser.parse_args(argv)
+    if args.resume and (given(args) or args.out or args.dry_run):
+        parser.error("--resume takes its settings from the run; give no other option")
+    if not args.resume and args.model is None:
+        parser.error("--model is missing, for example --model llama2-7b, or a folder")
+    return args
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that stand on the command line."""
+    return {f.name: getattr(args, f.name) for f in fields(Settings)
+            if getattr(args, f.name) is not None}
+
+
+def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
+    """The settings of a run: the defaults, the row for this model and task, then the flags."""
+    flags = given(args)
+    row = preset(args.model, flags.get("task", Settings.task)).settings
+    config = checkpoint.config_of(args.model)
+    s = Settings(**(row | flags))
+    device = s.device if args.dry_run and not s.device else str(checkpoint.pick_device(s.device))
+    blocks = config.num_hidden_layers
+    s = replace(
+        s, device=device, dtype=s.dtype or ("float32" if device == "cpu" else "bfloat16"),
+        shallow=round(blocks * 7 / 32) if s.shallow is None else s.shallow,
+        alpha=float(s.rank if s.alpha is None else s.alpha),
+        data=s.data or data.TASKS[s.task].source)
+    check(s, config)
+    return s, config
+
+
+def check(s: Settings, config: Config) -> None:
+    """Refuse values that no run can have; UserError names the flag."""
+    for name in ("rank", "alpha", "calibration", "lr", "batch_size", "examples", "epochs",
+                 "max_length", "clip", "save_every", "steps", "micro_batch"):
+        value = getattr(s, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    for name in ("warmup", "dropout"):
+        if not 0 <= getattr(s, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(s, name)}")
+    if not 0 <= s.shallow <= config.num_hidden_layers:
+        raise UserError(f"--shallow {s.shallow}: {s.model} has {config.num_hidden_layers} blocks")
+    try:
+        if s.how.adaptive:
+            s.budget  # noqa: B018
+        linear_names(empty(config), s.target_names)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call a script's main: bad input ends as one line and exit 2, a full disk or an
+    exhausted GPU as one line and exit 1, Ctrl-C as 130."""
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except torch.OutOfMemoryError as error:
+        fail(f"out of GPU memory ({str(error).splitlines()[0]}); try --micro-batch 1 "
+             "--checkpointing or a smaller --max-length", code=1)
+    except OSError as error:
+        fail(str(error), code=1)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+
+
+# ----------------------------------------------------------------------------- the run's folder
+
+
+def provenance() -> dict[str, str]:
+    """Versions and commit, for every file of results."""
+    here = Path(__file__).resolve().parent
+    git = partial(subprocess.run, cwd=here, capture_output=True, text=True)
+    try:
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip() or "unknown"
+        dirty = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except OSError:
+        commit, dirty = "unknown", ""
+    return {"commit": commit + ("-modified" if dirty else ""), "torch": torch.__version__,
+            "python": platform.python_version(), "threads": str(torch.get_num_threads())}
+
+
+def model_name(model: str) -> str:
+    """A model's part in the name of a folder of results."""
+    return Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
+
+
+def run_folder(s: Settings) -> Path:
+    return Path("runs") / f"{model_name(s.model)}-{s.task}-{s.method}-s{s.seed}"
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether train.py wrote this folder; a model's has a config.json instead."""
+    return (Path(folder) / "run.json").exists()
+
+
+def finished(run: Path) -> bool:
+    """The result is there, and the checkpoints, which go last, are not."""
+    result = (run / "adapter.safetensors").exists() or (run / "model" / "config.json").exists()
+    return result and not (run / "checkpoint").exists()
+
+
+def write_run(run: Path, s: Settings, more: dict[str, Any]) -> None:
+    """run.json: every setting, versions, commit, and `more`."""
+    checkpoint.save_json(run / "run.json", {"settings": asdict(s)} | more | provenance())
+
+
+def read_run(run: Path) -> tuple[Settings, dict[str, Any]]:
+    """Settings and the whole run.json of a run folder."""
+    if not is_run(run):
+        raise UserError(f"{run}: " + ("has no run.json, so train.py did not write it"
+                                      if run.is_dir() else "no such folder"))
+    recorded = checkpoint.read_json(run / "run.json")
+    stored = recorded.get("settings")
+    if not isinstance(stored, dict) or set(stored) != {f.name for f in fields(Settings)}:
+        raise UserError(f"{run / 'run.json'}: not written by this version of train.py")
+    return Settings(**stored), recorded
+
+
+def check_new(run: Path) -> None:
+    """Never write over another run."""
+    if finished(run):
+        raise UserError(f"{run} holds a finished run; choose another --out or --seed, or "
+                        "remove it")
+    if run.exists() and any(run.iterdir()):
+        raise UserError(f"{run} holds an unfinished run; go on with --resume {run}, or choose "
+                        "another --out")

@@ -1,0 +1,718 @@
+"""checkpoint.py beside transformers: weights, config, tokenizer, hub; and what it refuses."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from huggingface_hub import errors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import (
+    KINDS,
+    ROPE3,
+    byte_tokenizer,
+    oracle,
+    padded,
+    tiny_llama,
+    write_checkpoint,
+)
+from tokenizers import processors
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import checkpoint as C
+import model as M
+
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+equal = partial(torch.testing.assert_close, rtol=0, atol=0)
+load = partial(C.load, device="cpu")  # equalities below are of CPU tensors, also on a GPU machine
+
+
+# ----------------------------------------------------------------------------- saving and loading
+
+
+def weights_equal(ours, theirs):
+    theirs = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        equal(tensor, theirs.pop(name).to(tensor.dtype))
+    assert not theirs
+
+
+def test_save_and_load(pair):
+    weights_equal(pair.ours, pair.theirs)
+    again = load(pair.folder)
+    assert again.config == pair.ours.config
+    weights_equal(again, pair.ours)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == (
+        again.config.tie_word_embeddings)
+    assert ("lm_head.weight" in load_file(pair.folder / "model.safetensors")) != (
+        again.config.tie_word_embeddings)
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize("stored, shard_size", [
+    (torch.float32, "1GB"), (torch.float16, "1GB"), (torch.bfloat16, "1GB"),
+    (torch.float32, 50_000), (torch.bfloat16, 20_000)])
+def test_load_what_transformers_saved(pair, tmp_path, stored, shard_size):
+    theirs = oracle(pair.folder, dtype=stored)  # a fresh one: .float() below would change pair's
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size != "1GB")
+    ours = load(tmp_path, torch.float32)
+    weights_equal(ours, theirs.float())
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    ids, _ = padded("right")
+    with torch.no_grad():
+        close(ours(ids), theirs(input_ids=ids).logits)
+    # rope_scaling has a test of its own, test_both_generations_of_config
+    assert replace(ours.config, rope_scaling=None) == replace(pair.ours.config, rope_scaling=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, None])
+def test_load_dtype(folder, dtype):
+    """dtype None is fp32 on CPU, whatever the file holds."""
+    C.save(tiny_llama(dtype=torch.bfloat16, num_hidden_layers=1), folder)
+    model = load(folder, dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype or torch.float32}
+    stored = load_file(folder / "model.safetensors")["lm_head.weight"]
+    equal(model.lm_head.weight, stored.to(dtype or torch.float32))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {n: t.clone() for n, t in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_tied_head_stored_twice(tmp_path):
+    model = tiny_llama(num_hidden_layers=1, tie_word_embeddings=True)
+    C.save(model, tmp_path)
+    edit_weights(tmp_path, lambda t: t.update(
+        {"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    again = load(tmp_path)
+    weights_equal(again, model)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_old_inv_freq_is_ignored_aloud(folder, capsys):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    before = load(folder).state_dict()
+    assert capsys.readouterr().out == ""
+    edit_weights(folder, lambda t: t.update({name: torch.ones(4)}))
+    after = load(folder).state_dict()
+    assert capsys.readouterr().out.splitlines() == [
+        f"model.safetensors: ignoring {name} (the model computes it)"]
+    assert all(after[n].equal(before[n]) for n in before) and len(after) == len(before)
+
+
+def split_into_shards(folder, n=3):
+    """model.safetensors as n shards and their index, as a hub repository has them."""
+    tensors = load_file(folder / "model.safetensors")
+    where = {name: f"model-{i % n + 1:05}-of-{n:05}.safetensors"
+             for i, name in enumerate(sorted(tensors))}
+    for file in set(where.values()):
+        save_file({k: v for k, v in tensors.items() if where[k] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return sorted(set(where.values()))
+
+
+def test_loaded_weights_outlive_their_file(folder):
+    """They are copies: a file that is overwritten later must not change the model."""
+    model = load(folder, torch.float32)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    path = folder / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())
+
+
+class PeakBytes(TorchDispatchMode):
+    """The largest total of CPU storages alive at once among those made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                storage = leaf.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_the_model_plus_one_tensor(folder, monkeypatch, stored):
+    source = {n: t.to(stored) for n, t in load_file(folder / "model.safetensors").items()}
+
+    class Shard:  # stands in for the file; reading a tensor costs its size, as from a disk
+        def __init__(self, *_): ...
+        def __enter__(self): return self
+        def __exit__(self, *_): ...
+        def keys(self): return source.keys()
+        def get_slice(self, n): return SimpleNamespace(get_shape=lambda: list(source[n].shape))
+        def get_tensor(self, n): return source[n].clone()
+
+    monkeypatch.setattr(C, "safe_open", Shard)
+    with PeakBytes() as watch:
+        model = load(folder, torch.float32)
+    size = sum(4 * p.numel() for p in model.parameters())
+    largest = max(4 * p.numel() for p in model.parameters())
+    assert size <= watch.peak <= size + largest + 64
+    assert largest < size / 4  # so that holding the file's tensors as well could not pass
+
+
+# ---------------------------------------------------------------------------------------- config
+
+
+def edit_json(path, drop=(), **changes):
+    value = json.loads(path.read_text())
+    value.update(changes)
+    for name in drop:
+        value.pop(name, None)
+    path.write_text(json.dumps(value))
+
+
+OLD = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=258, hidden_size=32,
+    intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    rms_norm_eps=1e-5, hidden_act="silu", max_position_embeddings=512, bos_token_id=256,
+    eos_token_id=257, rope_theta=5000.0, rope_scaling=None, torch_dtype="bfloat16",
+    pretraining_tp=1, use_cache=True, attention_bias=False, initializer_range=0.02)
+
+
+@pytest.mark.parametrize("scaling", [
+    None, ROPE3])
+def test_both_generations_of_config(tmp_path, scaling):
+    (tmp_path / "config.json").write_text(json.dumps(OLD | {"rope_scaling": scaling}))
+    old = C.read_config(tmp_path)
+    transformers.LlamaConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in raw and "rope_theta" not in raw and "dtype" in raw
+    new = C.read_config(tmp_path)
+    assert replace(old, rope_scaling=None) == replace(new, rope_scaling=None) == M.Config(
+        258, 32, 80, 2, 4, 2, 8, rope_theta=5000.0, max_position_embeddings=512,
+        bos_token_id=256, eos_token_ids=(257,))
+    equal(M.rope_frequencies(old, "cpu"), M.rope_frequencies(new, "cpu"))
+    assert old == new
+
+
+@pytest.mark.parametrize("kind", ["tied", "wide heads", "eps and theta", "llama3 rope",
+                                  "everything"])
+def test_rope_frequencies_are_those_of_transformers(kind):
+    config = tiny_llama(num_hidden_layers=1, **KINDS[kind]).config
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
+        transformers.LlamaConfig(
+            hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim, rope_theta=config.rope_theta,
+            rope_parameters=(config.rope_scaling or {"rope_type": "default"})
+            | {"rope_theta": config.rope_theta}))
+    torch.testing.assert_close(M.rope_frequencies(config, "cpu"), theirs.inv_freq, rtol=1e-6,
+                               atol=0)
+
+
+def test_rope_scaling_by_its_old_name(folder):
+    """Llama 3.1's first files said "type" where later ones say "rope_type"."""
+    old = {"type" if k == "rope_type" else k: v for k, v in ROPE3.items()}
+    edit_json(folder / "config.json", rope_scaling=old)
+    close(M.rope_frequencies(C.read_config(folder), "cpu"),
+          M.rope_frequencies(replace(C.read_config(folder), rope_scaling=ROPE3), "cpu"))
+
+
+@pytest.mark.parametrize("eos, ids", [(7, (7,)), ([7, 9], (7, 9)), (None, ()), ([], ()), (0, (0,))])
+def test_eos_token_id(folder, eos, ids):
+    edit_json(folder / "config.json", eos_token_id=eos)
+    assert C.read_config(folder).eos_token_ids == ids
+
+
+def test_config_defaults(folder):
+    """What old files leave out, as transformers fills it in."""
+    edit_json(folder / "config.json", drop=[
+        "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling",
+        "tie_word_embeddings", "attention_bias", "mlp_bias", "max_position_embeddings",
+        "hidden_act", "eos_token_id"])
+    ours, theirs = C.read_config(folder), transformers.AutoConfig.from_pretrained(folder)
+    for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
+                 "attention_bias", "mlp_bias", "max_position_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.eos_token_ids == (theirs.eos_token_id,)
+
+
+@pytest.mark.parametrize("name, default", [
+    ("sliding_window", 4096),
+    ("num_key_value_heads", 8),
+])
+def test_mistral_defaults(folder, name, default):
+    """A mistral config without these keys has transformers' defaults: refused or followed."""
+    edit_json(folder / "config.json", drop=[name], model_type="mistral", num_attention_heads=16)
+    assert getattr(transformers.AutoConfig.from_pretrained(folder), name) == default
+    try:
+        assert getattr(C.read_config(folder), name, None) == default
+    except C.UserError:
+        return
+
+
+@pytest.mark.parametrize("name", C.MODELS)
+def test_short_names_need_no_download(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: 1 / 0)
+    config = C.config_of(name)
+    assert config is C.MODELS[name][1]
+    assert config.num_attention_heads * config.head_dim == config.hidden_size
+    assert max(config.eos_token_ids) < config.vocab_size
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+AWKWARD = [
+    "", " ", "  ", "\n", "\r\n\t", "a", " a", "a ", "\u00e9", "e\u0301", "\u4f60\u597d",
+    "\U0001f469\u200d\U0001f52c", "\x00", "\x7f\x1b[0m", "\ufeffx", "\u202eabc", "\u00a0", "\u2028",
+    "</s>", "a</s>b", "<s>", "<s><s> x</s>", "< /s>", "<|endoftext|>", "[INST] hi [/INST]",
+    "1234567890", "3.14159e-10", "    def f():\n\treturn 1\n", "\\n\\\\", "'\"`", "a" * 500,
+    "### Response:", "\U0010ffff", "\u0130\u0131\ufb01", "x\u0300\u0301\u0302",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(checkpoint):
+    return (C.Tokenizer(checkpoint, C.read_config(checkpoint)),
+            transformers.AutoTokenizer.from_pretrained(checkpoint))
+
+
+def same_tokens(ours, theirs, text):
+    plain = theirs.encode(text, add_special_tokens=False)
+    assert ours.encode(text, bos=False) == plain
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(plain) == theirs.decode(plain, skip_special_tokens=True,
+                                               clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=ascii)
+def test_tokens(tokenizers, text):
+    same_tokens(*tokenizers, text)
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.text(max_size=40))
+def test_tokens_of_any_text(tokenizers, text):
+    same_tokens(*tokenizers, text)
+    ours = tokenizers[0]
+    assert ours.encode(text) == [256, *ours.encode(text, bos=False)]
+    if "<s>" not in text and "</s>" not in text:
+        assert ours.decode(ours.encode(text)) == text
+
+
+def rewrite_tokenizer(folder, post_processor=None):
+    tokenizer = byte_tokenizer()
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    edit_json(path, post_processor=None)
+    if post_processor is not None:
+        tokenizer.post_processor = post_processor
+        tokenizer.save(str(path))
+    return C.Tokenizer(folder, C.read_config(folder))
+
+
+def test_no_post_processor_no_bos(folder):
+    tokenizer = rewrite_tokenizer(folder)
+    assert tokenizer.prefix == [] and tokenizer.encode("a") == tokenizer.encode("a", bos=False)
+
+
+def test_bos_is_only_what_stands_in_front(folder):
+    tokenizer = rewrite_tokenizer(folder, processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]))
+    assert tokenizer.encode("a") == [256, *tokenizer.encode("a", bos=False)]
+
+
+def test_stored_truncation_and_padding_are_off(folder):
+    """Some tokenizer.json carry the settings of whoever saved them last."""
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ours = C.Tokenizer(folder, C.read_config(folder))
+    assert len(ours.encode("a")) == 2 and len(ours.encode("a" * 50)) == 51
+
+
+@pytest.mark.parametrize("named, config, expected", [
+    ("</s>", 257, (257,)),
+    ("</s>", None, (257,)),
+    ("</s>", [5, 257, 6], (257, 5, 6)),  # the tokenizer's own comes first, and once
+    ("<s>", 257, (256, 257)),
+    ({"content": "</s>", "lstrip": False}, 5, (257, 5)),  # an AddedToken
+    (None, [5, 6], (5, 6)),
+])
+def test_eos(folder, named, config, expected):
+    edit_json(folder / "config.json", eos_token_id=config)
+    edit_json(folder / "tokenizer_config.json", eos_token=named)
+    tokenizer = C.Tokenizer(folder, C.read_config(folder))
+    assert tokenizer.eos_ids == expected and tokenizer.eos_id == expected[0]
+
+
+def test_eos_without_tokenizer_config(folder):
+    (folder / "tokenizer_config.json").unlink()
+    assert C.Tokenizer(folder, C.read_config(folder)).eos_ids == (257,)
+
+
+# -------------------------------------------------------------------------------------------- hub
+
+
+def hub_error(kind, message="first line\nsecond line"):
+    if issubclass(kind, errors.HfHubHTTPError):
+        return kind(message, response=SimpleNamespace(headers={}, request=None))
+    return kind(message)
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path, monkeypatch):
+    """A repository "owner/name" of three shards, downloaded file by file into a cache folder;
+    hub.asked are the files asked for. What a download must not touch lies beside them."""
+    remote, cache = shutil.copytree(checkpoint, tmp_path / "remote"), tmp_path / "cache"
+    shards = split_into_shards(remote)
+    for extra in ("consolidated.safetensors", "pytorch_model.bin", "README.md",
+                  "model-00009-of-00009.safetensors"):
+        (remote / extra).write_bytes(b"junk")
+    cache.mkdir()
+    asked = []
+
+    def download(repo, filename, repo_type="model", **_):
+        assert (repo, repo_type) == ("owner/name", "model")
+        asked.append(filename)
+        if not (remote / filename).exists():
+            raise hub_error(errors.RemoteEntryNotFoundError)
+        return str(shutil.copy(remote / filename, cache / filename))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return SimpleNamespace(remote=remote, cache=cache, shards=shards, asked=asked)
+
+
+INDEX = "model.safetensors.index.json"
+SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_fetch_takes_only_what_the_index_names(hub, checkpoint):
+    assert C.fetch("owner/name") == hub.cache
+    assert sorted(hub.asked) == sorted([*SMALL, INDEX, *hub.shards])
+    weights_equal(load("owner/name"), load(checkpoint))
+
+
+def test_fetch_without_index(hub, checkpoint):
+    (hub.remote / INDEX).unlink()
+    shutil.copy(checkpoint / "model.safetensors", hub.remote)
+    (hub.remote / "tokenizer_config.json").unlink()  # optional as well
+    C.fetch("owner/name")
+    assert sorted(hub.asked) == sorted([*SMALL, INDEX, "model.safetensors"])
+
+
+def test_config_of_asks_for_the_config_alone(hub, checkpoint):
+    assert C.config_of("owner/name") == C.config_of(checkpoint) == C.read_config(checkpoint)
+    assert hub.asked == ["config.json"]
+
+
+def test_short_names_are_downloaded_from_their_repository(hub, monkeypatch, checkpoint):
+    monkeypatch.setitem(C.MODELS, "short", ("owner/name", None))
+    assert C.fetch("short") == hub.cache
+
+
+@pytest.mark.parametrize("name", ["short", "owner/name"])
+def test_a_folder_goes_before_the_hub(hub, monkeypatch, checkpoint, tmp_path, name):
+    monkeypatch.setitem(C.MODELS, "short", ("owner/name", None))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / name)
+    assert str(C.fetch(name)) == name and C.config_of(name) == C.read_config(checkpoint)
+    assert hub.asked == []
+
+
+HUB_ERRORS = [
+    (errors.GatedRepoError, "gated.*licence.*hf auth login.*open copy.*local folder"),
+    (errors.RepositoryNotFoundError, "no such repository.*hf auth login.*local folder"),
+    (errors.RemoteEntryNotFoundError, "no such file; only checkpoints with .*safetensors"),
+    (errors.LocalEntryNotFoundError, r"could not be downloaded \(first line\).*local file"),
+    (errors.HfHubHTTPError, r"could not be downloaded \(first line\).*local file"),
+    (errors.OfflineModeIsEnabled, r"could not be downloaded \(first line\).*local file"),
+    (OSError, r"could not be downloaded \(first line\).*local file"),
+]
+
+
+@pytest.mark.parametrize("kind, words", HUB_ERRORS, ids=lambda x: getattr(x, "__name__", ""))
+def test_hub_errors(monkeypatch, kind, words):
+    def fail(*_, **__):
+        raise hub_error(kind)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    refused(lambda: C.fetch("owner/name"), "owner/name/config.json", words)
+    absent = kind in (errors.RemoteEntryNotFoundError, errors.LocalEntryNotFoundError)
+    if absent:
+        assert C.hub_download("owner/name", "x", optional=True) is None
+    else:  # an optional file is absent only where the hub, or an offline cache, says so
+        refused(lambda: C.hub_download("owner/name", "x", optional=True), "owner/name/x", words)
+
+
+@pytest.mark.parametrize("name", ["a/b c", "a/", "a/b.git"])
+def test_impossible_hub_names(name):
+    """hf_hub_download itself refuses them, before any network."""
+    refused(lambda: C.fetch(name), name)
+
+
+def test_index_from_the_hub_stays_in_its_folder(hub):
+    (hub.remote / INDEX).write_text('{"weight_map": {"a": "../../x.safetensors"}}')
+    refused(lambda: C.fetch("owner/name"), INDEX, "outside")
+    assert not any("/" in name for name in hub.asked)
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+def refused(call, names: str, words: str = "."):
+    """call() ends in a UserError of one line that names the file and matches `words`."""
+    with pytest.raises(C.UserError, match=words) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message and str(names) in message, message
+
+
+@pytest.mark.parametrize("name", ["no-such", "/no/such", "./no/such", "a/b/c", "~/x", "../x/y"])
+def test_unknown_model(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: 1 / 0)
+    refused(lambda: load(name), name, "no such folder.*llama2-7b.*owner/name")
+
+
+@pytest.mark.parametrize("name", ["no-such", "/no/such", "./no/such", "a/b/c", "../x/y",
+                                  "~/x"])
+def test_unknown_model_has_no_config(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: 1 / 0)
+    refused(lambda: C.config_of(name), name, "no such folder.*llama2-7b.*owner/name")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_unknown_device(folder, device):
+    refused(lambda: C.load(folder, device=device), f"--device {device}", "not usable here")
+
+
+CONFIG = {  # field: values that must be refused
+    "model_type": ["gpt2", "gemma2", None, 3, []],
+    "hidden_act": ["gelu", None, ["silu"]],
+    "rope_scaling": [{"rope_type": "yarn", "factor": 2.0}, {"type": "linear", "factor": 2.0},
+                     {"type": "dynamic"}, {"rope_type": None}],
+    "rope_parameters": [{"rope_type": "longrope", "rope_theta": 1e4}],
+    "vocab_size": [0, -1, "258", 258.0, None, True, [258]],
+    "hidden_size": [0, -32, "32", None, 33],
+    "intermediate_size": [0, -1, "80", None],
+    "num_hidden_layers": [0, -2, "2", None, 2.5],
+    "num_attention_heads": [0, -4, "4", None, 3],
+    "num_key_value_heads": [0, -2, "2", 3, 8],
+    "head_dim": [0, -8, "8", 8.0],
+    "max_position_embeddings": [0, "1024"],
+}
+MORE_CONFIG = {
+    "rms_norm_eps": ["x", None, -1.0],
+    "rope_theta": ["x", None, 0],
+    "rope_scaling": [[1], "llama3", {"rope_type": "llama3"},
+                     {"rope_type": "llama3", "factor": 8.0}, ROPE3 | {"factor": "8"}],
+    "rope_parameters": [{"rope_type": "default", "rope_theta": None}],
+    "eos_token_id": ["</s>", [1, "x"], True, -1, {}],
+    "tie_word_embeddings": ["false"],
+    "head_dim": [7],  # odd: rotary pairs need an even width
+}
+BAD_CONFIG = [(name, value) for table in (CONFIG, MORE_CONFIG) for name, values in table.items()
+              for value in values]
+
+
+@pytest.mark.parametrize("name, value", BAD_CONFIG, ids=repr)
+def test_bad_config_field(folder, name, value):
+    misfit = (name, value) in [("hidden_size", 33), ("num_attention_heads", 3),
+                               ("num_key_value_heads", 3), ("num_key_value_heads", 8)]
+    edit_json(folder / "config.json", ["head_dim"] * misfit, **{name: value})
+    words = "heads fit neither" if misfit else "rope" if "rope" in name else name
+    refused(lambda: load(folder), folder / "config.json", words)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size",
+                                  "num_hidden_layers", "num_attention_heads", "model_type"])
+def test_missing_config_field(folder, name):
+    edit_json(folder / "config.json", drop=[name])
+    refused(lambda: load(folder), folder / "config.json", name)
+
+
+def test_sliding_window(folder):
+    edit_json(folder / "config.json", model_type="mistral", sliding_window=4096)
+    refused(lambda: load(folder), folder / "config.json", "sliding_window = 4096")
+    edit_json(folder / "config.json", model_type="llama")  # where the field has no meaning
+    load(folder)
+
+
+BROKEN_JSON = [b"", b"{", b"[1, 2]", b"null", b"3", b'"text"', b"\xff\xfe{}", b'{"a": 1,}',
+               b"\x80abc", b"{}{}"]
+
+
+@pytest.mark.parametrize("content", BROKEN_JSON, ids=repr)
+@pytest.mark.parametrize("file", ["config.json", INDEX, "tokenizer_config.json"])
+def test_broken_json(folder, file, content):
+    (folder / file).write_bytes(content)
+
+    def call():
+        load(folder)
+        C.Tokenizer(folder, C.read_config(folder))
+
+    refused(call, folder / file, "not readable as JSON|not a JSON object")
+
+
+def test_config_is_a_folder_or_missing(folder):
+    (folder / "config.json").unlink()
+    refused(lambda: load(folder), folder / "config.json", "no such file")
+    (folder / "config.json").mkdir()
+    refused(lambda: load(folder), folder / "config.json", "not readable")
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop(NORM), f"tensor {NORM} is missing"),
+    (lambda t: (t.pop(NORM), t.pop("lm_head.weight")), "lm_head.weight and 1 more is missing"),
+    (lambda t: t.clear() or t.update(x=torch.ones(1)), "unexpected tensor x"),
+    (lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(80)}),
+     "unexpected tensor model.layers.0.mlp.up_proj.bias"),
+    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(80, 32)}), "unexpected"),
+    (lambda t: t.update({NORM: torch.ones(33)}), r"shape \(33,\), config.json implies \(32,\)"),
+    (lambda t: t.update({NORM: torch.ones(1, 32)}), r"shape \(1, 32\)"),
+    (lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(32, 80)}),
+     r"up_proj.weight has shape \(32, 80\), config.json implies \(80, 32\)"),
+    *[(lambda t, d=d: t.update({NORM: torch.ones(32).to(d)}), f"{NORM} is {d}.*quantised")
+      for d in (torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)],
+])
+def test_wrong_tensors(folder, change, words):
+    edit_weights(folder, change)
+    refused(lambda: load(folder),
+            folder if "missing" in words else folder / "model.safetensors", words)
+
+
+def test_everything_is_checked_before_the_first_byte(folder, monkeypatch):
+    """A fault in the last shard is found before any tensor of the first is read."""
+    shards = split_into_shards(folder)
+    save_file({"x": torch.ones(1)}, folder / shards[-1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **k: 1 / 0)
+    refused(lambda: load(folder), folder / shards[-1], "unexpected tensor x")
+
+
+@pytest.mark.parametrize("shard", [0, 1, 2])
+def test_missing_shard(folder, shard):
+    name = split_into_shards(folder)[shard]
+    (folder / name).unlink()
+    refused(lambda: load(folder), folder / name, "named by the index")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 9, "half header", "header", "header + 1", -4, -1])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_truncated_weights(folder, cut, sharded):
+    path = folder / (split_into_shards(folder)[1] if sharded else "model.safetensors")
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    cut = {"half header": header // 2, "header": header, "header + 1": header + 1}.get(cut, cut)
+    path.write_bytes(content[:cut])
+    refused(lambda: load(folder), path, "damaged or incomplete")
+
+
+@pytest.mark.parametrize("content", [
+    b"\xff" * 64, b"\x00" * 64, b"\x02" + b"\x00" * 7 + b"{}" + b"extra", b"PK\x03\x04" * 20,
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n",
+], ids=["ff", "00", "extra bytes", "a zip", "a git-lfs pointer"])
+def test_not_safetensors(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    refused(lambda: load(folder), folder / "model.safetensors", "damaged or incomplete")
+
+
+@pytest.mark.parametrize("shard", [
+    "../x.safetensors", "/tmp/x.safetensors", "a/x.safetensors", "..\\x.safetensors", ".", None, 3,
+    ["x"],
+    {},
+    "..",
+    "",
+])
+def test_index_points_outside(folder, shard):
+    # A sound checkpoint lies where the index points: following it would work.
+    shutil.copy(folder / "model.safetensors", folder.parent / "x.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: shard}}))
+    refused(lambda: load(folder), folder / INDEX, "points outside")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": None},
+                                   {"weight_map": ["x"]}, {"weight_map": "x"}])
+def test_index_without_weight_map(folder, index):
+    (folder / INDEX).write_text(json.dumps(index))
+    refused(lambda: load(folder), folder / INDEX, "weight_map")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pickles_are_never_opened(folder, name, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *a, **k: 1 / 0)
+    (folder / "model.safetensors").rename(folder / name)
+    refused(lambda: load(folder), folder, "pickled.*safe_serialization=True")
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    refused(lambda: load(folder), folder, "no model.safetensors")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"not json", b"\xff\xfe",
+                                     b'{"model": {"type": "Nonsense"}}'], ids=repr)
+def test_broken_tokenizer(folder, content):
+    path = folder / "tokenizer.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    refused(lambda: C.Tokenizer(folder, C.read_config(folder)), path,
+            "no such file.*AutoTokenizer" if content is None else "not a readable tokenizer")
+
+
+def test_truncated_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-50])
+    refused(lambda: C.Tokenizer(folder, C.read_config(folder)), path, "not a readable tokenizer")
+
+
+def test_tokenizer_larger_than_the_embedding(folder):
+    config = C.read_config(folder)
+    C.Tokenizer(folder, replace(config, vocab_size=258))
+    C.Tokenizer(folder, replace(config, vocab_size=300))  # a padded embedding is common
+    refused(lambda: C.Tokenizer(folder, replace(config, vocab_size=257)),
+            folder / "tokenizer.json", "token id 257.*257 rows")
+
+
+def test_no_eos_anywhere(folder):
+    edit_json(folder / "config.json", eos_token_id=None)
+    edit_json(folder / "tokenizer_config.json", drop=["eos_token"])
+    refused(lambda: C.Tokenizer(folder, C.read_config(folder)), folder / "tokenizer_config.json",
+            "no eos_token")
+
+
+@pytest.mark.parametrize("eos", [
+    5,
+    ["</s>"],
+    "no such token",
+])
+def test_bad_eos_token(folder, eos):
+    edit_json(folder / "tokenizer_config.json", eos_token=eos)
+    refused(lambda: C.Tokenizer(folder, C.read_config(folder)), folder / "tokenizer_config.json")
+
+
+def test_a_head_that_is_not_the_embedding_is_refused_where_config_ties_them(tmp_path):
+    write_checkpoint(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    refused(lambda: load(tmp_path), tmp_path / "model.safetensors", "is not the embedding")

@@ -1,0 +1,145 @@
+"""plan.py: the numbers of a run before it starts, and how they are shown."""
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_llama, write_checkpoint
+
+import checkpoint as C
+import data
+import farss
+import model as M
+import plan as P
+import settings as S
+import train
+from baselines import METHODS
+
+
+def planned(*argv):
+    s, config = S.settle(S.training_arguments("", [*argv, "--dry-run"]))
+    return P.make(s, config)
+
+
+# ------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize("model, millions", [
+    ("llama2-7b", 319.8), ("mistral-7b-v0.3", 335.5), ("llama3-8b", 335.5),
+    ("llama2-13b", 500.7)])
+def test_uniform_ranks_have_the_papers_parameters(model, millions):
+    plan = planned("--model", model, "--method", "lora")
+    assert round(plan.trainable / 1e6, 1) == millions
+    assert plan.bounds == (plan.trainable, plan.trainable) and plan.uniform == plan.trainable
+
+
+@pytest.mark.parametrize("mean", [50, 38.7])
+def test_adaptive_ranks_lie_between_their_bounds(mean):
+    """Table 2 prints 271M; at r_avg = 50 before clipping it is 277.2M."""
+    plan = planned("--model", "llama2-7b", "--r-avg", str(mean))
+    low, high = plan.bounds
+    assert round(low / 1e6, 1) == 250.4 and round(high / 1e6, 1) == 284.8
+    assert low < plan.trainable < high < plan.uniform
+    if mean == 50:
+        assert round(plan.trainable / 1e6, 1) == 277.2
+    assert [sum(g.parameters[k] for g in plan.groups) for k in (0, 1)] == [low, high]
+
+
+def test_matched_ranks_give_loras_parameters_at_the_papers_mean_shallow_rank():
+    """R = 153 with 7 shallow blocks reproduces LoRA's 320M at a mean of 38.7."""
+    plan = planned("--model", "llama2-7b", "--rank", "153", "--r-avg", "38.7")
+    assert round(plan.trainable / 1e6) == 320
+    assert S.preset("llama2-7b", "math").matched_rank == 153
+
+
+@pytest.mark.parametrize("model, shallow", [("llama2-7b", 7), ("mistral-7b-v0.3", 5),
+                                            ("llama3-8b", 9), ("llama2-13b", 11)])
+def test_shallow_blocks_are_the_papers(model, shallow):
+    plan = planned("--model", model)
+    assert {g.count for g in plan.groups if g.depth == "shallow"} == {shallow}
+    assert {g.count for g in plan.groups if g.depth == "deep"} == {plan.blocks - shallow}
+
+
+def test_steps():
+    plan = planned("--model", "llama2-7b")
+    assert (plan.steps, plan.warmup_steps) == (6250, 188)
+    assert planned("--model", "llama2-7b", "--steps", "7").steps == 7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_counts_what_the_run_then_trains(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("tiny")
+    flags = ["--model", "tiny", "--method", method, "--rank", "9", "--r-avg", "3", "--r-min", "3",
+             "--r-max", "3", "--device", "cpu"]
+    s, config = S.settle(S.training_arguments("", flags))
+    plan = P.make(s, config)
+    model = C.load("tiny", device="cpu")
+    examples = [data.Example([1, 2, 3, 4], 2)] * 3
+    train.initialise(model, s, examples)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.trainable == plan.bounds[0] == plan.bounds[1] == count
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def test_micro_batch_shrinks_then_checkpoints_as_memory_does():
+    s = S.Settings(model="llama2-7b", dtype="bfloat16", shallow=7, alpha=128.0)
+    config = C.MODELS["llama2-7b"][1]
+    plans = [P.make(s, config, g * 1e9) for g in (400, 141, 80, 40, 24)]
+    sizes = [(p.micro_batch, p.checkpointing) for p in plans]
+    assert sizes[0] == (16, False) and sizes == sorted(sizes, key=lambda x: (x[1], -x[0]))
+    assert sizes[-1][1] is True
+    assert all(sum(p.training.values()) <= 0.9 * p.memory for p in plans if p.micro_batch > 1)
+
+
+def test_what_the_user_fixes_stays():
+    plan = planned("--model", "llama2-7b", "--micro-batch", "3", "--checkpointing")
+    assert (plan.micro_batch, plan.checkpointing) == (3, True)
+
+
+def test_factors_of_a_block_are_counted_once_where_they_are_shared():
+    """Against the factors themselves: q, k, v share one Σ_h, and so do gate and up."""
+    model, s = tiny_llama(), S.Settings(model="x", dtype="float32", shallow=1)
+    for targets in (S.LINEARS, ("k_proj", "v_proj", "down_proj"), ("gate_proj", "o_proj")):
+        names = [n for n in M.linear_names(model, targets) if farss.block_index(n) == 0]
+        factors = farss.kfac_factors(model, [tiny_batch([(3, 4)])], names)
+        held = {t.data_ptr(): t.numel() * t.element_size() for f in factors.values() for t in f}
+        chosen = S.replace(s, targets=",".join(targets))
+        parts = P.initialisation_memory(chosen, model.config, 0)
+        assert parts["factors of a block"] == sum(held.values())
+
+
+def test_free_memory_of_the_cpu_is_positive_and_used_memory_grows():
+    assert P.device_memory("cpu") > 0 and P.device_memory(None) == 80e9
+    before = P.memory_used("cpu")
+    block = torch.ones(int(before * 1.5) // 4)
+    assert P.memory_used("cpu") > before and len(block)
+
+
+# -------------------------------------------------------------------------------------------- text
+
+
+def shown(capsys, *argv):
+    train.main([*argv, "--dry-run"])
+    return capsys.readouterr().out
+
+
+def test_plan_of_the_papers_run_needs_no_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = shown(capsys, "--model", "llama2-7b", "--task", "math")
+    assert "7 of 32 blocks, r (r_min, r_avg, r_max) = (1, 50, 64)" in out
+    assert "R = 128" in out and "6,250 of 16" in out and "188 of them warm-up" in out
+    assert "277.2M if every shallow rank were r_avg" in out and "the paper prints 271M" in out
+    assert "LoRA of rank 128: 319.8M" in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--model", "llama2-7b", "--method", "lora"], "trainable     319.8M"),
+    (["--model", "llama2-7b", "--method", "full"], "THIS DOES NOT FIT"),
+    (["--model", "llama2-7b", "--rank", "32", "--r-max", "16", "--r-avg", "12",
+      "--targets", "q_proj,v_proj"], "deep v_proj"),
+    (["--model", "llama2-7b", "--alpha", "256"], "= 256 / 128 = 2"),
+    (["--model", "llama2-7b"], "factors of a block 2.0"),
+])
+def test_plans(capsys, argv, says):
+    assert says in shown(capsys, *argv)
