@@ -1,31 +1,23 @@
-# make demo    set up .venv and run FARSS and LoRA, training and evaluation
-# make test    set up .venv with the test requirements and run all tests
-# Nothing else is needed on a machine with Python 3.11+ (PYTHON=python3.12 make test picks one).
+# Nothing but Python 3.11+ is needed (PYTHON=python3.12 make test picks one).
 
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := runs/demo
 
-demo: .venv/ready
-	@echo "Until the small default world exists, this is a tiny Llama of RANDOM weights:"
-	@echo "it shows the path from initialisation to table, and can know and answer nothing."
-	rm -rf $(DEMO)
-	$(BIN)/python tests/tiny.py $(DEMO)
-	for method in farss lora; do \
-	  $(BIN)/python train.py --model $(DEMO)/model --data $(DEMO)/train.jsonl --method $$method \
-	    --rank 8 --r-avg 4 --r-max 8 --calibration 32 --batch-size 8 --epochs 4 --lr 3e-3 \
-	    --out $(DEMO)/$$method || exit 1; \
-	done
-	for target in model farss lora; do \
-	  $(BIN)/python eval.py $(DEMO)/$$target --max-new-tokens 32 --out $(DEMO)/results-$$target \
-	    --data gsm8k=$(DEMO)/test.jsonl nq_open=$(DEMO)/nq.jsonl webqs=$(DEMO)/webqs.json \
-	    || exit 1; \
-	done
-	$(BIN)/python eval.py --table $(DEMO)/results-model $(DEMO)/results-farss $(DEMO)/results-lora
+help:           ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
 
-test: .venv/ready-dev
+demo: .venv/ready  ## FARSS and LoRA on the microcosm, side by side, in one table (three minutes)
+	$(BIN)/python train.py
+
+lint: .venv/ready-dev  ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint      ## lint, then all tests
 	$(BIN)/python -m pytest
+
+clean:          ## remove the environment, all runs and all caches
+	rm -rf .venv runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11+ is needed")'
@@ -39,7 +31,4 @@ test: .venv/ready-dev
 	$(BIN)/pip install --quiet --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1
 	touch $@
 
-clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis
-
-.PHONY: demo test clean
+.PHONY: help demo lint test clean

@@ -23,6 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -62,7 +64,7 @@ def tokens(work: list) -> int:
 # --------------------------------------------------------------------------------------- training
 
 
-def training_speed(model: torch.nn.Module, loss) -> float:
+def training_speed(model: Any, loss: Callable[[dict], torch.Tensor]) -> float:
     """Real tokens per second of steps on `loss(batch)`, the mean over the labelled tokens."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -97,8 +99,8 @@ def train_peft(folder: str) -> float:
     import peft
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = peft.get_peft_model(model, peft.LoraConfig(
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.get_peft_model(base, peft.LoraConfig(
         r=32, lora_alpha=32, lora_dropout=0.05, target_modules=list(LINEARS)))
     return training_speed(model, lambda batch: model(**batch).loss)
 
@@ -149,15 +151,16 @@ def initialise_whole(folder: str) -> float:
     work, names = batches(model.config.vocab_size, 2), M.linear_names(model, LINEARS)
     began = time.perf_counter()
     factors = farss.kfac_factors(model, work, names)
-    measured = {n: farss.measure_layer(n, model.get_submodule(n).weight, *factors[n], BUDGET, 0.0)
-                for n in names}
+    weights = {n: model.get_parameter(f"{n}.weight") for n in names}
+    measured = {n: farss.measure_layer(n, W, *factors[n], BUDGET, 0.0) for n, W in weights.items()}
     farss.build_adapters(measured, BUDGET)
     return tokens(work) / (time.perf_counter() - began)
 
 
 BLOCKS = (4, 8, 16, 32)
-NARROW = dict(vocab_size=64, hidden_size=64, intermediate_size=2048, num_attention_heads=4,
-              num_key_value_heads=4, head_dim=16, max_position_embeddings=512)
+NARROW: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=2048, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=16, max_position_embeddings=512)
 
 
 def grown(blocks: int, whole: bool) -> float:
@@ -180,7 +183,7 @@ def grown(blocks: int, whole: bool) -> float:
 # --------------------------------------------------------------------------------------- measuring
 
 # row: (this project, its peer, the peer's name)
-ROWS = {
+ROWS: dict[str, tuple[Callable[[str], float], Callable[[str], float], str]] = {
     "training": (train_here, train_peft, "transformers + peft"),
     "generation": (generate_here, generate_transformers, "transformers"),
     "initialisation": (initialise_by_sweep, initialise_whole, "all factors at once"),
@@ -229,7 +232,8 @@ def main() -> None:
     parser.add_argument("--grown", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        speed = ROWS[args.measure[0]][int(args.measure[1])](args.folder)
+        here, there, _ = ROWS[args.measure[0]]
+        speed = (there if int(args.measure[1]) else here)(args.folder)
         print(json.dumps({"tokens/s": speed, "peak GB": plan.memory_used("cpu") / 1e9}))
     elif args.grown:
         print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]))}))

@@ -10,6 +10,7 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from operator import eq
 from typing import Any, NamedTuple
 
 import data
@@ -103,10 +104,10 @@ class Benchmark(NamedTuple):
     protocol: str  # of eval.PROTOCOLS
     prompt: Callable[[data.Row], str]
     gold: Callable[[data.Row], Any]  # the right answer; UserError for a row without one
-    judge: Callable[[Any, Any], bool] | None = None  # (extracted answer, gold) -> right?
+    judge: Callable[[Any, Any], bool] = eq  # (extracted answer, gold) -> right?
     official: Callable[[Any, Any], bool] | None = None  # the official code's rule, if another
     extract: Callable[[str], str | None] | None = None  # the answer in the output
-    new_tokens: int | None = None
+    new_tokens: int = 256  # at most
     stops: tuple[str, ...] = ()
     bos: str = "harness"  # harness: none, as lm_eval (but on Gemma); always: as in training
     loss_under: str | None = None  # a task: also the references' mean loss under its prompt
@@ -143,7 +144,7 @@ BENCHMARKS = {
         bos="always", loss_under="math"),
     "nq_open": Benchmark(
         "nq_open", "world knowledge", "complete", nq_prompt, answers, exact_match,
-        new_tokens=256, stops=("\n", ".", ",")),
+        stops=("\n", ".", ",")),
     "webqs": Benchmark(
         "webqs", "world knowledge", "greedy_match", webqs_prompt,
         lambda row: without_extensions(answers(row))),

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -36,16 +36,20 @@ class UserError(ValueError):
     """Bad input that the user can mend: the scripts print it as one line and exit with 2."""
 
 
+class AbsentError(UserError):
+    """A file of the hub that is not there."""
+
+
 # ----------------------------------------------------------------------- names of checkpoints
 
-LLAMA3_ROPE = {
+LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192.0,
 }
-LLAMA3_TOKENS = {"bos_token_id": 128000, "eos_token_ids": (128001,)}
-SMOLLM2_TOKENS = {"bos_token_id": 0, "eos_token_ids": (0,)}
+LLAMA3_TOKENS: dict[str, Any] = {"bos_token_id": 128000, "eos_token_ids": (128001,)}
+SMOLLM2_TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_ids": (0,)}
 
 # short name: (hub id, settings), so that a plan needs no download.
 #         V, d, MLP width, blocks, heads, key-value heads, head width
@@ -139,16 +143,18 @@ def fetch(name_or_path: str | Path) -> Path:
                         + ", ".join(MODELS) + "; a hub id has the form owner/name")
     config = hub_download(repo, "config.json")
     hub_download(repo, "tokenizer.json")
-    hub_download(repo, "tokenizer_config.json", optional=True)
-    index = hub_download(repo, "model.safetensors.index.json", optional=True)
+    hub_optional(repo, "tokenizer_config.json")
+    index = hub_optional(repo, "model.safetensors.index.json")
     for shard in weight_files(index.parent) if index else ["model.safetensors"]:
         hub_download(repo, shard)
     return config.parent
 
 
-def hub_download(repo: str, filename: str, repo_type: str = "model",
-                 optional: bool = False) -> Path | None:
-    """One file of a hub repository, from the cache or the network; None if optional and absent."""
+def hub_download(repo: str, filename: str, repo_type: str = "model") -> Path:
+    """One file of a hub repository, from the cache or the network.
+
+    Raises UserError saying what to do, AbsentError if the repository or the cache has no such file.
+    """
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import logging
 
@@ -164,30 +170,37 @@ def hub_download(repo: str, filename: str, repo_type: str = "model",
         raise UserError(f"{where}: no such repository on the hub (or it is private: run "
                         "`hf auth login`); a local folder works too") from None
     except errors.RemoteEntryNotFoundError:
-        if optional:
-            return None
-        raise UserError(f"{where}: the repository has no such file; only checkpoints with "
-                        "config.json, tokenizer.json and *.safetensors can be read") from None
+        raise AbsentError(f"{where}: the repository has no such file; only checkpoints with "
+                          "config.json, tokenizer.json and *.safetensors can be read") from None
     except (OSError, errors.HfHubHTTPError) as error:
-        if optional and isinstance(error, errors.LocalEntryNotFoundError):
-            return None  # offline: the files that are needed speak for themselves
         line = str(error).strip().split("\n")[0]
-        raise UserError(f"{where}: could not be downloaded ({line}). Without the hub, pass a "
-                        "local file or folder instead") from None
+        offline = isinstance(error, errors.LocalEntryNotFoundError)
+        raise (AbsentError if offline else UserError)(
+            f"{where}: could not be downloaded ({line}). Without the hub, pass a local file or "
+            "folder instead") from None
+
+
+def hub_optional(repo: str, filename: str) -> Path | None:
+    """The same for a file that a checkpoint may lack: None then, and where the hub is away (the
+    files that are needed speak for themselves)."""
+    try:
+        return hub_download(repo, filename)
+    except AbsentError:
+        return None
 
 
 # --------------------------------------------------------------------------------- config.json
 
 
 # What a field of Config must be, by its type.
-CHECKS = {
+CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     int: (lambda v: type(v) is int and v > 0, "a positive whole number"),
     float: (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
     bool: (lambda v: type(v) is bool, "true or false"),
     tuple[int, ...]: (lambda v: all(type(t) is int and t >= 0 for t in v),
                       "a token id or a list of them"),
 }
-ANYTHING = (lambda v: True, "")
+ANYTHING: tuple[Callable[[Any], bool], str] = (lambda v: True, "")
 # Fields that other fields decide where the file leaves them out; those stand before them in Config.
 DERIVED = {
     "num_key_value_heads": lambda value: value["num_attention_heads"],
@@ -235,8 +248,9 @@ def read_config(folder: str | Path) -> Config:
     if value["head_dim"] % 2:
         raise UserError(f"{path}: head_dim must be even, for rotary pairs, not "
                         f"{value['head_dim']}")
-    return Config(**{f.name: float(value[f.name]) if f.type is float else value[f.name]
-                     for f in fields(Config)})
+    known: dict[str, Any] = {f.name: value[f.name] for f in fields(Config)}
+    return Config(**known | {f.name: float(known[f.name]) for f in fields(Config)
+                             if f.type is float})
 
 
 def rope_fields(raw: dict, value: dict, path: Path) -> dict[str, Any]:
@@ -253,7 +267,8 @@ def rope_fields(raw: dict, value: dict, path: Path) -> dict[str, Any]:
     if rope_type == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     good, what = CHECKS[float]
-    scaling = {key: rope.get(key) for key in ("factor", *LLAMA3_ROPE) if key != "rope_type"}
+    scaling: dict[str, Any] = {key: rope.get(key) for key in ("factor", *LLAMA3_ROPE)
+                               if key != "rope_type"}
     for key, number in scaling.items():
         if not good(number):
             raise UserError(f"{path}: {which}.{key} must be {what}, not {number!r}")
@@ -292,7 +307,8 @@ def read_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]],
     All names and shapes are checked against `expected` before the first byte of data is read.
     Raises UserError naming file and tensor.
     """
-    folder, found, head = Path(folder), {}, None
+    folder, head = Path(folder), None
+    found: dict[str, Path] = {}
     files = weight_files(folder)
     for file in files:
         path = folder / file
@@ -327,7 +343,7 @@ def read_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]],
             if not torch.equal(one.get_tensor("lm_head.weight"), two.get_tensor(embedding)):
                 raise UserError(f"{head}: lm_head.weight is not the embedding, though config.json "
                                 "says tie_word_embeddings")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     total = sum(math.prod(s) for s in expected.values())
     bar = tqdm(total=total, unit="p", unit_scale=True, desc="loading", leave=False,
                disable=None, delay=2)
@@ -404,7 +420,7 @@ def save_adapter(path: str | Path, model: nn.Module, initial: dict[str, tuple[Te
 
     `initial` {name: (A0, B0)} is empty for methods that leave W as it is.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in adapted_layers(model).items():
         tensors |= {f"{name}.A": layer.A, f"{name}.B": layer.B}
         if name in initial:
@@ -485,10 +501,13 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
     then equal runs do not leave equal files."""
     with atomic(path) as temporary:
         flat = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(flat, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: could not be written ({error})") from None
+        temporary.chmod(mode)  # save_file leaves a file that nobody else can read
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

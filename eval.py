@@ -164,8 +164,7 @@ class Evaluator:
 def complete(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
     """Generate greedily, extract the answer, judge it."""
     row = BENCHMARKS[name]
-    official = evaluator.scoring == "official" and row.official is not None
-    judge = row.official if official else row.judge
+    judge = (evaluator.scoring == "official" and row.official) or row.judge
     outputs = evaluator.completions([q.prompt for q in asked], row.new_tokens, row.stops,
                                  evaluator.with_bos(row), name)
     records = []
@@ -227,7 +226,7 @@ def find_target(target: str) -> Target:
     """A run folder, or a model by folder, short name or hub id; nothing is loaded yet."""
     run = Path(target)
     if not is_run(run):
-        about = {"model": target, "method": "base", "task": None, "seed": None}
+        about: dict[str, Any] = {"model": target, "method": "base", "task": None, "seed": None}
         return Target(checkpoint.fetch(target), None, None, about)
     s, recorded = read_run(run)
     if not finished(run):
@@ -246,10 +245,11 @@ def load_target(target: Target, dtype: str | None, device: str | None) -> M.Llam
     lose what training changed.
     """
     s = target.settings
-    model = checkpoint.load(target.folder, DTYPES.get(dtype or (s.dtype if s else None)), device)
+    name = dtype or (s.dtype if s else None)
+    model = checkpoint.load(target.folder, DTYPES[name] if name else None, device)
     if s and s.how.trains == "weights":
         target.about["trainable"] = sum(p.numel() for p in model.parameters())
-    elif s:
+    elif target.run:
         checkpoint.load_adapter(model, target.run / "adapter.safetensors")
         trained = [p for p in model.parameters() if p.requires_grad]
         target.about["trainable"] = sum(p.numel() for p in trained)
@@ -283,7 +283,7 @@ def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def reference(results: dict, source: str, which: int, benchmarks: tuple[str, ...]
-              ) -> dict[str, float] | None:
+              ) -> dict[str, float]:
     """Scores to divide by: the paper's (`which` 0: origin, 1: full), or those of a results file,
     which must come from the same questions under the same settings."""
     if source == "paper":
@@ -309,7 +309,7 @@ def summarise(results: dict, base: str | None, full: str | None) -> dict[str, fl
     task_row = data.TASKS[task_of(results)]
     known = tuple(b for b in scores if BENCHMARKS[b].group == task_row.knowledge)
     task = tuple(b for b in scores if BENCHMARKS[b].group == task_row.group)
-    summary: dict[str, float | None] = {"Avg": sum(scores.values()) / len(scores)}
+    summary: dict[str, float] = {"Avg": sum(scores.values()) / len(scores)}
     if base and known:
         summary["K"] = knowledge_score({b: scores[b] for b in known},
                                        reference(results, base, 0, known))
@@ -397,8 +397,8 @@ def main(argv: list[str] | None = None) -> None:
     target = find_target(args.target)
     about = target.about
     # A run is compared with its base model's results where they are.
-    base = Path("runs") / f"{model_name(about['model'])}-base"
-    base = args.base_results or (str(base) if (base / "results.json").exists() else None)
+    stored = Path("runs") / f"{model_name(about['model'])}-base"
+    base = args.base_results or (str(stored) if (stored / "results.json").exists() else None)
     base = base if target.run else None
     for source in (base, args.full_results):  # refuse what is not there before the long work
         if source == "paper":

@@ -64,7 +64,7 @@ class FactorSums:
     first: dict[str, Tensor] = field(default_factory=dict)  # Σ ‖h‖² of first tokens, by owner
     owner: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
-    mask: Tensor | None = None  # (b, t) bool, the current batch's real tokens
+    mask: Tensor = field(default_factory=lambda: torch.zeros(0))  # (b, t) bool: real tokens
     seen: tuple[Tensor, str] | None = None  # the last input and its owner
 
     def start(self, attention_mask: Tensor) -> None:
@@ -143,7 +143,7 @@ def kfac_hooks(model: nn.Module, names: Iterable[str]) -> Iterator[FactorSums]:
             handle.remove()
         for parameter, wanted in wanted_grad:
             parameter.requires_grad_(wanted)
-        sums.mask = sums.seen = None
+        sums.mask, sums.seen = torch.zeros(0), None
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
@@ -281,7 +281,8 @@ def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contex
                     loss(model, batch | {"hidden": y}).backward()
                 else:
                     y.backward(gradients[b].to(device))
-            gradients[b] = x.grad if keep_on is None or lowest else x.grad.to(keep_on)
+            below = x.grad
+            gradients[b] = below if below is None or keep_on is None else below.to(keep_on)
     return sums.factors(), sums.first_token_share()
 
 

@@ -354,6 +354,13 @@ def linear_names(model: nn.Module, targets: Iterable[str]) -> list[str]:
     return [n for n in named if n.rsplit(".", 1)[-1] in targets]
 
 
+def linear_shapes(model: nn.Module, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(m, n) of every linear layer of linear_names."""
+    weights = {n: model.get_submodule(n).get_parameter("weight")
+               for n in linear_names(model, targets)}
+    return {n: (W.shape[0], W.shape[1]) for n, W in weights.items()}
+
+
 # ------------------------------------------------------------------------------------- adapters
 
 
@@ -365,6 +372,9 @@ class LoRALinear(nn.Module):
     and the initial adapter is subtracted in the forward pass instead of from the weight:
     y = W x + scaling * (B A dropout(x) - B0 A0 x).
     """
+
+    A0: Tensor | None
+    B0: Tensor | None
 
     def __init__(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0,
                  dropout: float = 0.0, bias: Tensor | None = None,
@@ -382,7 +392,7 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         xa = F.dropout(x, self.dropout, self.training).to(self.A.dtype)
         update = F.linear(F.linear(xa, self.A), self.B)
-        if self.A0 is not None:
+        if self.A0 is not None and self.B0 is not None:
             update = update - F.linear(F.linear(x.to(self.A0.dtype), self.A0), self.B0)
         if update.dtype == y.dtype:
             return torch.add(y, update, alpha=self.scaling)
@@ -392,7 +402,7 @@ class LoRALinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """The one matrix (m, n) that acts as this layer, in the adapter's dtype (fp32)."""
         W = self.weight.to(self.A.dtype)
-        if self.A0 is not None:
+        if self.A0 is not None and self.B0 is not None:
             W = W - self.scaling * (self.B0 @ self.A0)
         return W + self.scaling * (self.B @ self.A)
 
@@ -444,7 +454,7 @@ def merge(model: nn.Module) -> None:
         linear = nn.Linear(n, m, bias=layer.bias is not None, device="meta")
         weight = layer.merged_weight().to(layer.weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = layer.bias
+        linear.register_parameter("bias", layer.bias)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
 

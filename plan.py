@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from farss import block_index
-from model import Config, empty, linear_names
+from model import Config, empty, linear_shapes
 from settings import DTYPES, LINEARS, Settings, preset
 
 CALIBRATION_BATCH = 8  # sequences; a constant, so that no number depends on the free memory
@@ -75,8 +75,7 @@ def make(s: Settings, config: Config, memory: float | None = None) -> Plan:
     bounds: tuple[float, float] = (parameters, parameters)
     shapes: Shapes = {}
     if s.how.trains == "adapters":
-        shapes = {n: tuple(skeleton.get_submodule(n).weight.shape)
-                  for n in linear_names(skeleton, s.target_names)}
+        shapes = linear_shapes(skeleton, s.target_names)
         trainable = adapter_parameters(s, shapes, s.r_avg)
         bounds = adapter_parameters(s, shapes, s.r_min), adapter_parameters(s, shapes, s.r_max)
     micro_batch, checkpointing = choose_micro_batch(s, config, parameters, bounds[1], memory)
@@ -159,9 +158,8 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
 
     The kept inputs go to CPU memory where the device has no room for them.
     """
-    skeleton = empty(config)
-    shapes = {n: skeleton.get_submodule(n).weight.shape
-              for n in linear_names(skeleton, s.target_names) if block_index(n) == 0}
+    shapes = {n: shape for n, shape in linear_shapes(empty(config), s.target_names).items()
+              if block_index(n) == 0}
     inputs = {READS.get(n.rsplit(".", 1)[1], n): shape[1] for n, shape in shapes.items()}
     numbers = sum(n * n for n in inputs.values()) + sum(m * m for m, _ in shapes.values())
     return {"weights": element_size(s) * parameters,

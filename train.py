@@ -70,11 +70,12 @@ def initialise(model: M.Llama, s: Settings, examples: list[data.Example]
 def start_alone(model: M.Llama, s: Settings, examples: list[data.Example]
                 ) -> tuple[Adapters, dict]:
     """Adapters of a method that needs the weights only, and what ranks.json says of them."""
-    draw = torch.Generator().manual_seed(s.seed)
+    start, draw = s.how.start, torch.Generator().manual_seed(s.seed)
+    assert start is not None, f"METHODS[{s.method!r}] needs nothing, so it must have a start"
     adapters = {}
     for name in M.linear_names(model, s.target_names):
-        W = model.get_submodule(name).weight
-        adapters[name] = s.how.start(W, min(s.rank, *W.shape), draw)
+        W = model.get_parameter(f"{name}.weight")
+        adapters[name] = start(W, min(s.rank, *W.shape), draw)
     return adapters, {"layers": {n: {"r": A.shape[0]} for n, (A, _) in adapters.items()}}
 
 

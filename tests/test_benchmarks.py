@@ -102,7 +102,7 @@ def test_every_row_of_the_table_is_complete(name):
     assert b.prompt(row) == PROMPTS[name]
     gold = b.gold(row)
     if b.protocol == "complete":
-        assert b.new_tokens and b.judge is not None
+        assert b.new_tokens > 0
         said = gold if isinstance(gold, str) else gold[0]
         for judge in filter(None, (b.judge, b.official)):
             assert judge(said, gold) and not judge("nonsense", gold)

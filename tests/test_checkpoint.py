@@ -456,9 +456,9 @@ def test_hub_errors(monkeypatch, kind, words):
     refused(lambda: C.fetch("owner/name"), "owner/name/config.json", words)
     absent = kind in (errors.RemoteEntryNotFoundError, errors.LocalEntryNotFoundError)
     if absent:
-        assert C.hub_download("owner/name", "x", optional=True) is None
+        assert C.hub_optional("owner/name", "x") is None
     else:  # an optional file is absent only where the hub, or an offline cache, says so
-        refused(lambda: C.hub_download("owner/name", "x", optional=True), "owner/name/x", words)
+        refused(lambda: C.hub_optional("owner/name", "x"), "owner/name/x", words)
 
 
 @pytest.mark.parametrize("name", ["a/b c", "a/", "a/b.git"])

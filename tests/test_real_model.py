@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from test_model import AWKWARD, same_tokens
+from test_checkpoint import AWKWARD, same_tokens
 from tiny import write_data
 
 import checkpoint as C
@@ -18,7 +18,6 @@ import eval as evaluation
 import farss
 import model as M
 import train
-from model import read_json
 
 FOLDER = os.environ.get("FARSS_REAL_MODEL")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="FARSS_REAL_MODEL names no folder")
@@ -128,7 +127,7 @@ def test_farss_end_to_end(tmp_path, monkeypatch, tokenizer):
                 "16", "--calibration", "4", "--batch-size", "4", "--steps", "5", "--lr", "5e-4",
                 "--examples", "200", "--max-length", "256", "--out", "run"])
     assert seen["difference"] < 1e-5  # fp32: the start leaves the function as it was
-    report = read_json("run/ranks.json")
+    report = C.read_json("run/ranks.json")
     shallow = {n: x["I"] for n, x in report["layers"].items() if x["shallow"]}
     assert len(shallow) == 7 * 7 and len(report["layers"]) == 7 * 30
     expected = farss.allocate_ranks(shallow, 12, 1, 16)
@@ -137,5 +136,5 @@ def test_farss_end_to_end(tmp_path, monkeypatch, tokenizer):
     ask = ["--data", f"gsm8k={files[1]}", *names, "--limit", "4", "--max-new-tokens", "16"]
     evaluation.main([FOLDER, *ask, "--out", "base"])
     evaluation.main(["run", *ask, "--base-results", "base"])
-    base, run = (read_json(f"{d}/results.json")["benchmarks"] for d in ("base", "run"))
+    base, run = (C.read_json(f"{d}/results.json")["benchmarks"] for d in ("base", "run"))
     assert run["gsm8k"]["answer_loss"] < base["gsm8k"]["answer_loss"] - 0.01

@@ -1,0 +1,129 @@
+"""settings.py: where a setting comes from, the table of methods, the run's folder."""
+
+import argparse
+from dataclasses import fields
+
+import pytest
+import torch
+from tiny import tiny_llama, write_checkpoint, write_data
+
+import baselines
+import checkpoint as C
+import data
+import plan as P
+import settings as S
+import train
+
+
+def settled(*argv):
+    return S.settle(S.training_arguments("", [*argv, "--dry-run"]))[0]
+
+
+# ------------------------------------------------------------------------- default, preset, flag
+
+
+def test_a_preset_refines_the_defaults_and_a_flag_has_the_last_word(monkeypatch):
+    assert settled("--model", "llama2-7b").shallow == 7
+    assert settled("--model", "llama2-7b", "--shallow", "3").shallow == 3
+    assert settled("--model", "llama3.2-1b").shallow == round(16 * 7 / 32)
+    row = S.Preset(dict(rank=9, lr=1e-3))
+    monkeypatch.setitem(S.PRESETS, ("llama2-7b", "math"), row)
+    s = settled("--model", "llama2-7b", "--lr", "2e-3")
+    assert (s.rank, s.alpha, s.lr) == (9, 9.0, 2e-3)
+    assert settled("--model", "llama2-7b", "--alpha", "18").scaling == 2
+
+
+def test_presets_name_settings_and_models():
+    names = {f.name for f in fields(S.Settings)}
+    for (model, task), row in S.PRESETS.items():
+        assert model in C.MODELS and task in data.TASKS
+        assert set(row.settings) <= names
+
+
+def test_every_setting_is_a_flag_with_a_help_text():
+    flags = argparse.Namespace(**{f.name: None for f in fields(S.Settings)})
+    assert S.given(flags) == {}
+    for f in fields(S.Settings):
+        assert len(f.metadata["help"]) > 10
+        value = {"method": "lora", "task": "math", "dtype": "bfloat16", "fisher": "sampled",
+                 "residual": "exact", "checkpointing": None}.get(f.name, "1")
+        argv = ["--model", "tiny", "--" + f.name.replace("_", "-"), *([value] if value else [])]
+        assert f.name in S.given(S.training_arguments("", argv))
+
+
+def test_weights_that_are_trained_are_fp32():
+    for method, row in baselines.METHODS.items():
+        s = S.Settings(model="x", method=method, dtype="bfloat16")
+        assert s.master_dtype == (torch.float32 if row.trains == "weights" else torch.bfloat16)
+
+
+# --------------------------------------------------------------------------- a method is a row
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_every_row_of_methods_is_complete_and_starts_at_the_base_model(method):
+    """What a new row must keep: known words in its fields, and a start that changes no output."""
+    row = baselines.METHODS[method]
+    assert row.about and row.trains in ("adapters", "weights") and row.needs in train.STARTS
+    assert (row.start is not None) == (row.trains == "adapters" and row.needs == "nothing")
+    s = S.Settings(model="x", method=method, rank=4, alpha=8.0, shallow=1, r_avg=2, r_max=3,
+                   device="cpu", dtype="float32", dropout=0.0)
+    model, ids = tiny_llama(), torch.arange(20)[None]
+    before = model(ids).detach()
+    initial, report = train.initialise(model, s, [data.Example([256, 5, 6, 7, 8], 2)] * 3)
+    torch.testing.assert_close(model(ids).detach(), before, rtol=1e-4, atol=1e-4)
+    assert bool(initial) == row.splits
+    if row.trains == "adapters":
+        assert {x["r"] for x in report["layers"].values()} <= ({1, 2, 3, 4} if row.adaptive
+                                                               else {4})
+
+
+def test_a_new_method_is_one_row(tmp_path, monkeypatch, capsys):
+    """A start taken out of W, and a penalty on the loss: flag, help, plan, start, training and
+    files know the method from its row alone."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("tiny")
+    write_data("d")
+
+    def first_rows(W, r, generator):
+        return W[:r].clone(), torch.eye(W.shape[0], r)
+
+    def all_adapters(model):
+        return 0.5 * sum(p.pow(2).sum() for p in model.parameters() if p.requires_grad)
+
+    row = baselines.Method("the first rows of W", first_rows, splits=True, penalty=all_adapters)
+    monkeypatch.setitem(baselines.METHODS, "rows", row)
+    argv = ["--model", "tiny", "--data", "d/train.jsonl", "--method", "rows", "--rank", "4",
+            "--steps", "3", "--batch-size", "4", "--lr", "1e-2", "--dropout", "0"]
+    train.main([*argv, "--dry-run"])
+    s = settled(*argv)
+    plan = P.make(s, C.config_of("tiny"))
+    assert f"{plan.trainable / 1e6:,.1f}M" in capsys.readouterr().out
+    train.main(argv)
+    tensors, _ = C.load_tensors("runs/tiny-math-rows-s0/adapter.safetensors")
+    before = sum(t.pow(2).sum() for n, t in tensors.items() if n.endswith(("A0", "B0")))
+    after = sum(t.pow(2).sum() for n, t in tensors.items() if n.endswith((".A", ".B")))
+    assert sum(t.numel() for n, t in tensors.items() if n.endswith((".A", ".B"))) == plan.trainable
+    assert after < before  # the penalty pulled
+    model = C.load("tiny", device="cpu")
+    W = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    torch.testing.assert_close(tensors["model.layers.0.mlp.up_proj.A0"], W[:4].detach())
+
+
+# ------------------------------------------------------------------------------ the run's folder
+
+
+def test_a_run_and_a_model_are_told_apart_by_their_files(tmp_path):
+    write_checkpoint(tmp_path / "model")
+    s = S.Settings(model="tiny")
+    (tmp_path / "run").mkdir()
+    S.write_run(tmp_path / "run", s, {"data_sha256": "x"})
+    assert S.is_run(tmp_path / "run") and not S.is_run(tmp_path / "model")
+    again, recorded = S.read_run(tmp_path / "run")
+    assert again == s and {"commit", "torch", "python", "threads", "data_sha256"} < set(recorded)
+
+
+def test_files_are_as_readable_as_any(tmp_path):
+    C.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"a": "b"})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
