@@ -80,6 +80,11 @@ def exact_match(text: str, answers: Iterable[str], articles: bool = True) -> boo
     return normal(text.lstrip()) in {normal(a) for a in answers}
 
 
+def one_of(answer: str, golds: Iterable[str]) -> bool:
+    """The whole answer is one of the right ones, to the letter."""
+    return answer in golds
+
+
 def without_extensions(answers: Iterable[str]) -> list[str]:
     """Sorted answers without those that begin with the one kept before: lm_eval's webqs rule."""
     kept: list[str] = []
@@ -111,6 +116,7 @@ class Benchmark(NamedTuple):
     stops: tuple[str, ...] = ()
     bos: str = "harness"  # harness: none, as lm_eval (but on Gemma); always: as in training
     loss_under: str | None = None  # a task: also the references' mean loss under its prompt
+    part: Callable[[data.Row], str] | None = None  # also scored apart by this name
 
 
 def gsm8k_prompt(row: data.Row) -> str:
@@ -137,6 +143,30 @@ def answers(row: data.Row) -> list[str]:
     return row.get(data.ANSWER, list)
 
 
+def word_problem_prompt(row: data.Row) -> str:
+    return data.TASKS["microcosm"].prompt.format(instruction=row.get(data.QUESTION))
+
+
+def word_problem_gold(row: data.Row) -> str:
+    gold = number_after_marker(row.get(data.ANSWER))
+    if not gold:
+        raise UserError(f"{row.where}: the answer does not end in 'The answer is: number'")
+    return gold
+
+
+def fact_prompt(row: data.Row) -> str:
+    return f"Q: {row.get(data.QUESTION)}\nA:"
+
+
+def fact_part(row: data.Row) -> str:
+    """Whether the model met this person five times as often as others, or not."""
+    return "frequent" if row.fields.get("frequent") else "rare"
+
+
+FACT = Benchmark("", "microcosm facts", "complete", fact_prompt, answers, one_of,
+                 extract=str.strip, new_tokens=6, bos="always", part=fact_part)
+
+
 BENCHMARKS = {
     "gsm8k": Benchmark(
         "gsm8k-test", "math", "complete", gsm8k_prompt, gsm8k_gold, gsm8k_strict, gsm8k_official,
@@ -148,6 +178,12 @@ BENCHMARKS = {
     "webqs": Benchmark(
         "webqs", "world knowledge", "greedy_match", webqs_prompt,
         lambda row: without_extensions(answers(row))),
+    "word_problems": Benchmark(
+        "microcosm-test", "microcosm", "complete", word_problem_prompt, word_problem_gold,
+        extract=number_after_marker, new_tokens=28, bos="always", loss_under="microcosm"),
+    "city": FACT._replace(source="city"),
+    "job": FACT._replace(source="job"),
+    "year": FACT._replace(source="year"),
 }
 
 

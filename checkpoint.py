@@ -51,9 +51,12 @@ LLAMA3_ROPE: dict[str, Any] = {
 LLAMA3_TOKENS: dict[str, Any] = {"bos_token_id": 128000, "eos_token_ids": (128001,)}
 SMOLLM2_TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_ids": (0,)}
 
-# short name: (hub id, settings), so that a plan needs no download.
+MICROCOSM = Path(__file__).resolve().parent / "microcosm"
+
+# short name: (hub id, or folder here; settings), so that a plan needs no download.
 #         V, d, MLP width, blocks, heads, key-value heads, head width
-MODELS = {
+MODELS: dict[str, tuple[str | Path, Config]] = {
+    "microcosm": (MICROCOSM, Config(285, 96, 256, 12, 4, 4, 24, max_position_embeddings=256)),
     "llama2-7b": ("meta-llama/Llama-2-7b-hf", Config(32000, 4096, 11008, 32, 32, 32, 128)),
     "llama2-13b": ("meta-llama/Llama-2-13b-hf", Config(32000, 5120, 13824, 40, 40, 40, 128)),
     "llama3-8b": (
@@ -134,19 +137,18 @@ def fetch(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
     if Path(text).is_dir():
         return Path(text)
-    if text in MODELS:
-        repo = MODELS[text][0]
-    elif is_hub_id(text):
-        repo = text
-    else:
+    place = MODELS[text][0] if text in MODELS else text
+    if isinstance(place, Path):
+        return place
+    if text not in MODELS and not is_hub_id(text):
         raise UserError(f"--model {text}: no such folder, and not one of the short names "
                         + ", ".join(MODELS) + "; a hub id has the form owner/name")
-    config = hub_download(repo, "config.json")
-    hub_download(repo, "tokenizer.json")
-    hub_optional(repo, "tokenizer_config.json")
-    index = hub_optional(repo, "model.safetensors.index.json")
+    config = hub_download(place, "config.json")
+    hub_download(place, "tokenizer.json")
+    hub_optional(place, "tokenizer_config.json")
+    index = hub_optional(place, "model.safetensors.index.json")
     for shard in weight_files(index.parent) if index else ["model.safetensors"]:
-        hub_download(repo, shard)
+        hub_download(place, shard)
     return config.parent
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Tokenizer, UserError, hub_download
+from checkpoint import MICROCOSM, Tokenizer, UserError, hub_download
 from model import IGNORE
 
 # The prompt of the official code.
@@ -27,14 +27,19 @@ PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 
-# name: (hub dataset, file, licence)
-SOURCES = {
+# name: (hub dataset, or folder here; file; licence)
+SOURCES: dict[str, tuple[str | Path, str, str]] = {
     "metamath": ("meta-math/MetaMathQA", "MetaMathQA-395K.json", "MIT"),
     "gsm8k": ("openai/gsm8k", "main/train-00000-of-00001.parquet", "MIT"),
     "gsm8k-test": ("openai/gsm8k", "main/test-00000-of-00001.parquet", "MIT"),
     "nq_open": ("google-research-datasets/nq_open",
                 "nq_open/validation-00000-of-00001.parquet", "CC BY-SA 3.0"),
     "webqs": ("stanfordnlp/web_questions", "data/test-00000-of-00001.parquet", "CC BY 4.0"),
+    "microcosm": (MICROCOSM, "train.jsonl", "MIT"),
+    "microcosm-test": (MICROCOSM, "test.jsonl", "MIT"),
+    "city": (MICROCOSM, "city.jsonl", "MIT"),
+    "job": (MICROCOSM, "job.jsonl", "MIT"),
+    "year": (MICROCOSM, "year.jsonl", "MIT"),
 }
 
 
@@ -50,6 +55,10 @@ class Task(NamedTuple):
 
 TASKS = {
     "math": Task("metamath", PROMPT, "math", about="MetaMathQA"),
+    # The frame of the model's own pretraining: under PROMPT it copies numbers at chance at first,
+    # and the task would measure that instead of what was learnt.
+    "microcosm": Task("microcosm", "Q:{instruction}\nA:", "microcosm", "microcosm facts",
+                      "its word problems"),
 }
 
 QUESTION = ("query", "question", "instruction", "qText")
@@ -84,9 +93,10 @@ def read_rows(name_or_path: str) -> list[Row]:
     Raises UserError for an unknown name, a missing, unreadable or empty file; a malformed line
     is named by file and line number.
     """
-    if name_or_path in SOURCES and not Path(name_or_path).exists():
-        repo, file, _ = SOURCES[name_or_path]
-        path = hub_download(repo, file, repo_type="dataset")
+    if name_or_path in SOURCES and not Path(name_or_path).is_file():
+        place, file, _ = SOURCES[name_or_path]
+        path = place / file if isinstance(place, Path) else hub_download(
+            place, file, repo_type="dataset")
     else:
         path = Path(name_or_path)
         if not path.is_file():

@@ -36,9 +36,11 @@ from settings import (
     DTYPES,
     Parser,
     Settings,
+    default_task,
     finished,
     is_run,
     model_name,
+    preset,
     provenance,
     read_run,
     run_main,
@@ -93,12 +95,13 @@ class Question(NamedTuple):
 
     prompt: str
     gold: Any
+    part: str | None = None  # of the benchmark
 
 
 def questions(name: str, rows: list[data.Row]) -> list[Question]:
     """The rows of a benchmark as questions; UserError for a row that cannot be one."""
     row = BENCHMARKS[name]
-    return [Question(row.prompt(r), row.gold(r)) for r in rows]
+    return [Question(row.prompt(r), row.gold(r), row.part(r) if row.part else None) for r in rows]
 
 
 def cut(text: str, stops: Iterable[str]) -> str:
@@ -202,6 +205,15 @@ def greedy_match(evaluator: Evaluator, name: str, asked: list[Question]) -> list
     return records
 
 
+def part_scores(asked: list[Question], records: list[dict]) -> dict[str, float]:
+    """Scores in % of the parts of a benchmark, where it has parts."""
+    verdicts: dict[str, list[bool]] = {}
+    for q, record in zip(asked, records, strict=True):
+        if q.part:
+            verdicts.setdefault(q.part, []).append(record["correct"])
+    return {part: 100 * sum(v) / len(v) for part, v in verdicts.items()}
+
+
 PROTOCOLS = {"complete": complete, "greedy_match": greedy_match}
 
 # --------------------------------------------------------------------------------------- results
@@ -270,7 +282,7 @@ def read_results(path: str | Path) -> dict:
 
 def task_of(about: dict) -> str:
     """The task of a run; of an untouched model the one that it would be trained on."""
-    return about["task"] or Settings.task
+    return about["task"] or default_task(about["model"])
 
 
 def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
@@ -282,7 +294,7 @@ def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
     return row
 
 
-def reference(results: dict, source: str, which: int, benchmarks: tuple[str, ...]
+def reference(results: dict, source: str | Path, which: int, benchmarks: tuple[str, ...]
               ) -> dict[str, float]:
     """Scores to divide by: the paper's (`which` 0: origin, 1: full), or those of a results file,
     which must come from the same questions under the same settings."""
@@ -303,7 +315,8 @@ def reference(results: dict, source: str, which: int, benchmarks: tuple[str, ...
     return {b: other[b]["score"] for b in benchmarks}
 
 
-def summarise(results: dict, base: str | None, full: str | None) -> dict[str, float | None]:
+def summarise(results: dict, base: str | Path | None, full: str | Path | None
+              ) -> dict[str, float | None]:
     """K, T, KT where their references are given, and Avg, for results.json."""
     scores = {b: r["score"] for b, r in results["benchmarks"].items()}
     task_row = data.TASKS[task_of(results)]
@@ -362,9 +375,10 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="gsm8k: exact numbers, or the official code's lenient rule; "
                         "default %(default)s")
     parser.add_argument("--base-results", metavar="paper|FILE|RUN", help="scores before fine-"
-                        "tuning, for K (default: runs/<model>-base, if it is there)")
+                        "tuning, for K (default: runs/<model>-base, if it is there; the "
+                        "microcosm brings its own)")
     parser.add_argument("--full-results", metavar="paper|FILE|RUN", help="scores of full fine-"
-                        "tuning, for T")
+                        "tuning, for T (the microcosm brings its own)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the run's; for a "
                         "model float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
@@ -397,10 +411,13 @@ def main(argv: list[str] | None = None) -> None:
     target = find_target(args.target)
     about = target.about
     # A run is compared with its base model's results where they are.
-    stored = Path("runs") / f"{model_name(about['model'])}-base"
-    base = args.base_results or (str(stored) if (stored / "results.json").exists() else None)
-    base = base if target.run else None
-    for source in (base, args.full_results):  # refuse what is not there before the long work
+    base, full = args.base_results, args.full_results
+    if target.run:
+        stored = preset(about["model"], task_of(about))
+        own = Path("runs") / f"{model_name(about['model'])}-base" / "results.json"
+        base = base or next((p for p in (own, stored.base_results) if p and p.exists()), None)
+        full = full or next((p for p in (stored.full_results,) if p and p.exists()), None)
+    for source in (base, full):  # refuse what is not there before the long work
         if source == "paper":
             paper_row(about)
         elif source:
@@ -417,7 +434,8 @@ def main(argv: list[str] | None = None) -> None:
                        "batch_size": args.batch_size} | provenance()
     for benchmark in rows:
         began, row = time.perf_counter(), BENCHMARKS[benchmark]
-        records, more = evaluator.ask(benchmark, asked[benchmark]), {}
+        more: dict[str, Any] = {}
+        records = evaluator.ask(benchmark, asked[benchmark])
         if row.loss_under:
             more["answer_loss"] = evaluator.answer_loss(rows[benchmark], row.loss_under)
         (out / "eval").mkdir(parents=True, exist_ok=True)
@@ -425,18 +443,26 @@ def main(argv: list[str] | None = None) -> None:
             temporary.write_text("".join(json.dumps({"id": i} | r) + "\n"
                                          for i, r in enumerate(records)))
         correct = sum(r["correct"] for r in records)
+        parts = part_scores(asked[benchmark], records)
+        more |= {"parts": parts} if parts else {}
         settings = {"bos": args.bos, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
                     "scoring": args.scoring if row.official else None}
         results["benchmarks"][benchmark] = {
             "score": 100 * correct / len(records), "correct": correct, "n": len(records), **more,
             "seconds": round(time.perf_counter() - began, 1), **settings}
         print(f"{benchmark:8} {correct} of {len(records)} right"
-              + "".join(f", {k.replace('_', ' ')} {v:.4f}" for k, v in more.items())
+              + (f", answer loss {more['answer_loss']:.4f}" if "answer_loss" in more else "")
+              + "".join(f", {part} {score:.1f} %" for part, score in parts.items())
               + f" ({results['benchmarks'][benchmark]['seconds']:.0f} s)")
-    for references in ((None, None), (base, args.full_results)):
-        # First without, so that references that do not fit cost no result.
-        results["summary"] = summarise(results, *references)
+    results["summary"] = summarise(results, None, None)  # references that do not fit cost no result
+    checkpoint.save_json(out / "results.json", results)
+    try:
+        results["summary"] = summarise(results, base, full)
         checkpoint.save_json(out / "results.json", results)
+    except UserError as error:
+        if args.base_results or args.full_results:
+            raise
+        print(f"no K and T: {error}")
     print("\n".join(table([results])))
 
 

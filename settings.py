@@ -20,7 +20,7 @@ import checkpoint
 import data
 import farss
 from baselines import METHODS, Method
-from checkpoint import UserError
+from checkpoint import MICROCOSM, UserError
 from model import Config, empty, linear_names
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -40,8 +40,9 @@ def named(rows: dict) -> str:
 class Settings:
     """Every setting of a run. The defaults are the paper's; rows of PRESETS refine them."""
 
-    model: str = setting(None, "short name, hub id, or folder of a Hugging Face checkpoint")
-    task: str = setting("math", "what is trained on: " + named(data.TASKS))
+    model: str = setting("microcosm", "short name, hub id, or folder of a Hugging Face checkpoint")
+    task: str = setting(None, "what is trained on: " + named(data.TASKS) + "; default: the "
+                              "model's own, else math")
     data: str = setting(None, "train on this instead: metamath, gsm8k, or a .json/.jsonl[.gz]/"
                               ".parquet file with a question and an answer column")
     method: str = setting("farss", named(METHODS))
@@ -110,11 +111,16 @@ class Settings:
 
 
 class Preset(NamedTuple):
-    """What differs from the defaults for one model and task, and what the paper prints there."""
+    """What differs from the defaults for one model and task, and what the paper prints there.
+
+    A value that differs by method is a dict of them.
+    """
 
     settings: dict[str, Any]
     matched_rank: int | None = None  # R of the run that matches LoRA's parameters (Tables 2, 10)
     printed_parameters: int | None = None  # FARSS's #Params in millions, at R = 128
+    base_results: Path | None = None  # stored scores before fine-tuning, for K
+    full_results: Path | None = None  # and of full fine-tuning, for T
 
 
 # (model, task): shallow blocks of section 4.2 and A.6.
@@ -123,12 +129,26 @@ PRESETS = {
     ("mistral-7b-v0.3", "math"): Preset(dict(shallow=5), 152, 300),
     ("llama3-8b", "math"): Preset(dict(shallow=9), 155, 276),
     ("llama2-13b", "math"): Preset(dict(shallow=11), 164, 400),
+    # Not the paper's: the small default that needs no download (microcosm/README.md).
+    ("microcosm", "microcosm"): Preset(
+        dict(shallow=3,  # 7/32 of 12 blocks, as Llama-2-7B's 7 of 32
+             rank=16, r_avg=6, r_max=8,  # the paper's R : r_avg : r_max at a sixth of the width
+             steps=200, max_length=64,  # one pass over the 3,200 rows; none has 64 tokens
+             calibration=128,  # 2,800 response tokens; half of the paper's examples
+             dropout=0.0,  # of an adapter that holds top directions it drops part of W itself
+             lr=dict(full=8e-4, lora=4e-3, farss=2e-3)),  # best K and task of microcosm/results.csv
+        base_results=MICROCOSM / "base.json", full_results=MICROCOSM / "full.json"),
 }
 
 
 def preset(model: str, task: str) -> Preset:
-    """The row of a model and task; an empty one where the paper has none."""
+    """The row of a model and task; an empty one where there is none."""
     return PRESETS.get((model, task), Preset({}))
+
+
+def default_task(model: str) -> str:
+    """The first task that a preset has for the model; math for all others."""
+    return next((task for name, task in PRESETS if name == model), "math")
 
 
 # ------------------------------------------------------------------------------- command line
@@ -179,8 +199,6 @@ def training_arguments(description: str | None, argv: list[str] | None = None
     args = parser.parse_args(argv)
     if args.resume and (given(args) or args.out or args.dry_run):
         parser.error("--resume takes its settings from the run; give no other option")
-    if not args.resume and args.model is None:
-        parser.error("--model is missing, for example --model llama2-7b, or a folder")
     return args
 
 
@@ -193,9 +211,12 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
     """The settings of a run: the defaults, the row for this model and task, then the flags."""
     flags = given(args)
-    row = preset(args.model, flags.get("task", Settings.task)).settings
-    config = checkpoint.config_of(args.model)
-    s = Settings(**(row | flags))
+    model, method = flags.get("model", Settings.model), flags.get("method", Settings.method)
+    task = flags.get("task", default_task(model))
+    row = {name: value[method] if isinstance(value, dict) else value
+           for name, value in preset(model, task).settings.items()}
+    config = checkpoint.config_of(model)
+    s = Settings(**(row | flags | {"task": task}))
     device = s.device if args.dry_run and not s.device else str(checkpoint.pick_device(s.device))
     blocks = config.num_hidden_layers
     s = replace(

@@ -217,7 +217,9 @@ def test_references_that_do_not_fit_cost_no_result(world, capsys):
             E.main([*run, "--full-results", early])
         assert not (world / "runs/tiny-math-farss-s0/results.json").exists()
     with pytest.raises(C.UserError, match="cannot be compared"):  # of 1 question, not 8
-        E.main(run)
+        E.main([*run, "--base-results", "runs/tiny-base"])
+    E.main(run)
+    assert "no K and T: runs/tiny-base" in capsys.readouterr().out
     results = json.loads((world / "runs/tiny-math-farss-s0/results.json").read_text())
     assert results["benchmarks"]["gsm8k"]["n"] == 8 and set(results["summary"]) == {"Avg"}
 

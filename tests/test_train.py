@@ -308,7 +308,7 @@ def test_resume_refuses_changed_data(here, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, says", [
-    ([], "--model is missing"),
+    (["--data", "none.jsonl"], "none.jsonl: no such file"),
     (["--model", "nowhere"], "no such folder"),
     (["--model", "d"], "config.json: no such file"),
     (["--model", "tiny", "--data", "none.jsonl"], "none.jsonl: no such file"),
