@@ -333,15 +333,27 @@ def summarise(results: dict, base: str | Path | None, full: str | Path | None
     return {k: None if math.isnan(v) else v for k, v in summary.items()}
 
 
+def parts(results: dict) -> dict[str, float]:
+    """Mean score of each part ("frequent", "rare") over the benchmarks that have it."""
+    scores: dict[str, list[float]] = {}
+    for b in results["benchmarks"].values():
+        for part, score in b.get("parts", {}).items():
+            scores.setdefault(part, []).append(score)
+    return {part: sum(s) / len(s) for part, s in scores.items()}
+
+
 def table(runs: list[dict]) -> Iterable[str]:
     """One row per result; a score whose reference is 0 is "undefined"."""
     benchmarks = list(dict.fromkeys(b for r in runs for b in r["benchmarks"]))
+    apart = list(dict.fromkeys(part for r in runs for part in parts(r)))
     has_loss = any("answer_loss" in b for r in runs for b in r["benchmarks"].values())
-    columns = [*benchmarks, *(["answer loss"] if has_loss else []), "Avg", "K", "T", "KT"]
-    yield f"{'method':10}{'trainable':>11}" + "".join(f"{c:>13}" for c in columns)
+    columns = [*benchmarks, *apart, *(["answer loss"] if has_loss else []), "Avg", "K", "T", "KT"]
+    width = {c: max(len(c), 9) + 2 for c in columns}
+    yield f"{'method':10}{'trainable':>11}" + "".join(f"{c:>{width[c]}}" for c in columns)
     for r in runs:
         cells = [f"{r['benchmarks'][b]['score']:.2f}" if b in r["benchmarks"] else "-"
                  for b in benchmarks]
+        cells += [f"{parts(r)[part]:.2f}" if part in parts(r) else "-" for part in apart]
         if has_loss:
             loss = next((b["answer_loss"] for b in r["benchmarks"].values()
                          if "answer_loss" in b), None)
@@ -351,7 +363,8 @@ def table(runs: list[dict]) -> Iterable[str]:
             cells.append("undefined" if value is None else value if value == "-" else
                          f"{value:.2f}")
         count = f"{r['trainable'] / 1e6:.2f}M" if r.get("trainable") else "-"
-        yield f"{r['method']:10}{count:>11}" + "".join(f"{c:>13}" for c in cells)
+        yield f"{r['method']:10}{count:>11}" + "".join(
+            f"{cell:>{width[c]}}" for c, cell in zip(columns, cells, strict=True))
 
 
 # ------------------------------------------------------------------------------------------ main

@@ -121,6 +121,7 @@ class Preset(NamedTuple):
     printed_parameters: int | None = None  # FARSS's #Params in millions, at R = 128
     base_results: Path | None = None  # stored scores before fine-tuning, for K
     full_results: Path | None = None  # and of full fine-tuning, for T
+    grid: dict[str, tuple[float, ...]] | None = None  # learning rates of sweep.py, by method
 
 
 # (model, task): shallow blocks of section 4.2 and A.6.
@@ -137,7 +138,9 @@ PRESETS = {
              calibration=128,  # 2,800 response tokens; half of the paper's examples
              dropout=0.0,  # of an adapter that holds top directions it drops part of W itself
              lr=dict(full=8e-4, lora=4e-3, farss=2e-3)),  # best K and task of microcosm/results.csv
-        base_results=MICROCOSM / "base.json", full_results=MICROCOSM / "full.json"),
+        base_results=MICROCOSM / "base.json", full_results=MICROCOSM / "full.json",
+        grid=dict(full=(2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), lora=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+                  farss=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3))),
 }
 
 

@@ -1,0 +1,338 @@
+"""Many runs, one table: methods x learning rates x seeds, each a run of train.py and eval.py.
+
+    python sweep.py --jobs 2                          the microcosm: every method over its grid
+    python sweep.py --model FOLDER --lrs 1e-4 2e-4 --seeds 0 1 -- --data FILE --steps 500
+    python sweep.py --jobs 2 --results microcosm      the stored results of this repository again
+
+What is finished is not run again and what was stopped goes on, so after Ctrl-C the same command
+continues. Everything behind -- goes to train.py. Writes into the folder of results, after each
+run: results.csv (one line a run), base.json and full.json (what K and T divide by); at the end
+results.txt (mean ± standard deviation over the seeds) and results.png (K against T).
+
+T divides by full fine-tuning at its own best learning rate, averaged over the seeds: the rate at
+which the harmonic mean of K and the task's score is highest.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from tqdm import tqdm
+
+import checkpoint
+import data
+import eval as evaluation
+import plan
+import train
+from baselines import METHODS
+from benchmarks import BENCHMARKS, of_task
+from checkpoint import UserError
+from settings import (
+    Parser,
+    Settings,
+    finished,
+    is_run,
+    preset,
+    provenance,
+    read_run,
+    run_main,
+    settle,
+    training_arguments,
+)
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its folder, its flags for train.py, and the settings that these mean."""
+
+    run: Path
+    flags: list[str]
+    settings: Settings
+    steps: int
+
+    def done(self) -> bool:
+        return finished(self.run) and (self.run / "results.json").exists()
+
+    def steps_done(self) -> int:
+        log = self.run / "log.jsonl"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def make_job(out: Path, flags: list[str]) -> Job:
+    """UserError for flags that train.py would refuse, or a folder that holds another run."""
+    s, config = settle(training_arguments(None, flags))
+    run = out / f"{s.method}-lr{s.lr:g}-s{s.seed}"
+    if is_run(run):
+        machine = dict.fromkeys(("micro_batch", "checkpointing", "device", "dtype"))
+        mine, there = (asdict(x) | machine for x in (s, read_run(run)[0]))
+        unlike = [name for name in mine if mine[name] != there[name]]
+        if unlike:
+            raise UserError(f"{run}: was run with another {', '.join(unlike)}; choose another "
+                            "--out, or remove it")
+    return Job(run, flags, s, plan.make(s, config).steps)
+
+
+# --------------------------------------------------------------------------------------- running
+
+
+def run_one(run: Path, flags: list[str]) -> None:
+    """Train as far as that is not done, then evaluate; in a process of its own."""
+    if not finished(run):
+        train.main(["--resume", str(run)] if is_run(run) else [*flags, "--out", str(run)])
+    evaluation.main([str(run)])
+
+
+def start(job: Job, threads: int) -> subprocess.Popen:
+    """run_one in a new process, its output in a file beside the run's folder."""
+    job.run.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{job.run}.log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "sweep.py"), "--run-one", str(job.run), "--", *job.flags],
+            stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+
+
+def run_all(jobs: list[Job], parallel: int) -> Iterable[Job]:
+    """Run what is not done, `parallel` at a time; yields each job when its results are there.
+
+    Raises UserError with the last line of a run that failed. However it ends, the runs that are
+    under way are told to save and stop.
+    """
+    waiting = [job for job in jobs if not job.done()]
+    yield from (job for job in jobs if job.done())
+    running: dict[subprocess.Popen, Job] = {}
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    total = sum(job.steps for job in waiting)
+    bar = tqdm(total=total, desc="runs", unit="step", disable=None)
+    under_way = list(waiting)
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                job = waiting.pop(0)
+                running[start(job, threads)] = job
+            time.sleep(0.2)
+            bar.update(sum(job.steps_done() for job in under_way) - bar.n)
+            bar.set_postfix_str(", ".join(job.run.name for job in running.values()))
+            for process in [p for p in running if p.poll() is not None]:
+                job = running.pop(process)
+                if process.returncode:
+                    lines = Path(f"{job.run}.log").read_text().strip().splitlines()
+                    raise UserError(f"{job.run}: {lines[-1] if lines else 'failed'}")
+                yield job
+    finally:
+        bar.close()
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+def base_results(model: str, task: str, out: Path) -> dict:
+    """Scores of the untouched model, evaluated once."""
+    if not (out / "base" / "results.json").exists():
+        evaluation.main([model, "--benchmarks", ",".join(of_task(task)), "--out",
+                         str(out / "base")])
+    return evaluation.read_results(out / "base")
+
+
+def mean_score(results: dict, group: str) -> float:
+    """Mean score in % of the benchmarks of a group."""
+    return fmean(b["score"] for name, b in results["benchmarks"].items()
+                 if BENCHMARKS[name].group == group)
+
+
+def row_of(job: Job, base: dict) -> dict[str, Any]:
+    """What results.csv says of one run, but for T, which needs all of them."""
+    s, results = job.settings, evaluation.read_results(job.run)
+    ranks = job.run / "ranks.json"
+    report = checkpoint.read_json(ranks) if ranks.exists() else {}
+    log = [json.loads(line) for line in (job.run / "log.jsonl").read_text().splitlines()]
+    scores = {name: b["score"] for name, b in results["benchmarks"].items()}
+    known = [b for b in scores if BENCHMARKS[b].group == data.TASKS[s.task].knowledge]
+    before = {b: base["benchmarks"][b]["score"] for b in known}
+    return {
+        "method": s.method, "lr": s.lr, "seed": s.seed, **scores, **evaluation.parts(results),
+        "K": evaluation.knowledge_score({b: scores[b] for b in known}, before),
+        "task_score": mean_score(results, data.TASKS[s.task].group),
+        "trainable": results["trainable"],
+        "shallow_rank_asked": report.get("shallow_rank_asked", ""),
+        "shallow_rank_obtained": report.get("shallow_rank_obtained", ""),
+        "last_loss": fmean(line["loss"] for line in log[-10:]),
+        "init_seconds": report.get("seconds", 0.0),
+        "train_seconds": round(sum(line["tokens"] / line["tokens_per_s"] for line in log), 1),
+        "memory_gb": max(line["memory_gb"] for line in log),
+        "commit": results["commit"],
+    }
+
+
+def by_setting(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
+    """{(method, lr): the rows of its seeds}."""
+    groups: dict[tuple[str, float], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["lr"]), []).append(row)
+    return groups
+
+
+def best_rate(rows: list[dict], method: str) -> float | None:
+    """The learning rate with the highest harmonic mean of K and the task's score."""
+    means = {lr: evaluation.harmonic_mean(fmean(r["K"] for r in group),
+                                          fmean(r["task_score"] for r in group) / 100)
+             for (name, lr), group in by_setting(rows).items() if name == method}
+    return max(means, key=lambda lr: means[lr]) if means else None
+
+
+def full_results(jobs: list[Job], lr: float) -> dict:
+    """Full fine-tuning at this rate, its scores averaged over the seeds, as a results.json."""
+    runs = [evaluation.read_results(job.run) for job in jobs
+            if job.settings.how.trains == "weights" and job.settings.lr == lr]
+    first = runs[0]
+    benchmarks = {
+        name: b | {"score": fmean(r["benchmarks"][name]["score"] for r in runs)}
+        | ({"parts": {part: fmean(r["benchmarks"][name]["parts"][part] for r in runs)
+                      for part in b["parts"]}} if "parts" in b else {})
+        for name, b in first["benchmarks"].items()}
+    for b in benchmarks.values():
+        for of_one_run in ("correct", "seconds", "answer_loss"):
+            b.pop(of_one_run, None)
+    return {key: first[key] for key in ("model", "method", "task", "trainable", "dtype",
+                                        "settings")} | {
+        "seeds": [r["seed"] for r in runs], "benchmarks": benchmarks} | provenance()
+
+
+def write_results(folder: Path, jobs: list[Job], base: dict) -> list[dict]:
+    """results.csv, base.json, full.json of what is done; returns the rows, T and KT included."""
+    done = [job for job in jobs if job.done()]
+    rows = [row_of(job, base) for job in done]
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_json(folder / "base.json", base)
+    lr = best_rate(rows, "full")
+    if lr is not None:
+        full = full_results(done, lr)
+        checkpoint.save_json(folder / "full.json", full)
+        whole = mean_score(full, data.TASKS[full["task"]].group)
+        for row in rows:
+            row["T"] = row["task_score"] / whole
+            row["KT"] = evaluation.harmonic_mean(row["K"], row["T"])
+    if rows:
+        with checkpoint.atomic(folder / "results.csv") as temporary, \
+                open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            for row in rows:
+                writer.writerow({k: round(v, 4) if isinstance(v, float) and k != "lr" else v
+                                 for k, v in row.items()})
+    return rows
+
+
+def table(rows: list[dict]) -> list[str]:
+    """One line per method and learning rate, mean ± standard deviation over the seeds."""
+    plain = {"method", "lr", "seed", "commit", "task_score", "shallow_rank_asked", "trainable",
+             "shallow_rank_obtained", "last_loss", "init_seconds", "train_seconds", "memory_gb"}
+    columns = [c for c in rows[0] if c not in plain]
+    width = {c: max(len(c), 13) + 2 for c in columns}
+    lines = [f"{'method':8}{'lr':>8}{'seeds':>7}{'trainable':>11}{'init s':>8}{'train s':>9}"
+             f"{'GB':>6}" + "".join(f"{c:>{width[c]}}" for c in columns)]
+    for (method, lr), group in by_setting(rows).items():
+        def mean(column: str, group: list[dict] = group) -> float:
+            return fmean(row[column] for row in group)
+
+        cells = []
+        for c in columns:
+            digits = 3 if c in ("K", "T", "KT") else 1
+            spread = f" ± {stdev(r[c] for r in group):.{digits}f}" if len(group) > 1 else ""
+            cells.append(f"{mean(c):.{digits}f}{spread}".rjust(width[c]))
+        lines.append(f"{method:8}{lr:>8g}{len(group):>7}{mean('trainable') / 1e6:>10.2f}M"
+                     f"{mean('init_seconds'):>8.1f}{mean('train_seconds'):>9.0f}"
+                     f"{mean('memory_gb'):>6.1f}" + "".join(cells))
+    return lines
+
+
+def picture(rows: list[dict], path: Path) -> bool:
+    """K against T, each method a path over its learning rates; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        groups = {lr: g for (name, lr), g in by_setting(rows).items() if name == method}
+        points = [[[row[c] for row in groups[lr]] for lr in sorted(groups)] for c in ("T", "K")]
+        T, K = ([fmean(values) for values in axis] for axis in points)
+        spread = [[stdev(v) if len(v) > 1 else 0.0 for v in axis] for axis in points]
+        axes.errorbar(T, K, xerr=spread[0], yerr=spread[1], label=method, marker="osD^v*"[i % 6],
+                      linestyle=("-", "--", ":", "-.")[i % 4], capsize=2, elinewidth=0.6)
+        for lr, x, y in zip(sorted(groups), T, K, strict=True):
+            axes.annotate(f"{lr:g}", (x, y), textcoords="offset points", xytext=(5, -9),
+                          fontsize=7)
+    axes.set(xlabel="T: task score / that of full fine-tuning (Eq. 37)",
+             ylabel="K: knowledge kept (Eq. 36)",
+             title="each point a learning rate, bars ± 1 sd over the seeds")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})  # equal runs, equal files
+    pyplot.close(figure)
+    return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", default=Settings.model, help="default %(default)s")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=tuple(METHODS),
+                        help="default: all")
+    parser.add_argument("--lrs", nargs="+", type=float, help="learning rates of every method "
+                        "(default: the model's grid, see settings.PRESETS)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, the cores shared "
+                        "among them; default 1")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default "
+                        "runs/sweep-<model>-<task>)")
+    parser.add_argument("--results", type=Path, help="folder of the results (default: --out)")
+    parser.add_argument("--run-one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", metavar="FLAG", help="behind --: for train.py")
+    args = parser.parse_args(argv)
+    if args.run_one:
+        run_one(args.run_one, args.flags)
+        return
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    common = ["--model", args.model, *args.flags]
+    s, _ = settle(training_arguments(None, common))
+    grid = preset(s.model, s.task).grid or {}
+    out = args.out or Path("runs") / f"sweep-{Path(args.model).name}-{s.task}"
+    settings = [(m, lr, seed) for m in args.methods
+                for lr, seed in product(args.lrs or grid.get(m, ()), args.seeds)]
+    if not settings:
+        parser.error(f"{args.model} has no grid of learning rates; give --lrs")
+    jobs = [make_job(out, [*common, "--method", m, "--lr", f"{lr:g}", "--seed", str(seed)])
+            for m, lr, seed in settings]
+    base = base_results(s.model, s.task, out)
+    results = args.results or out
+    for _ in run_all(jobs, args.jobs):
+        write_results(results, jobs, base)
+    rows = write_results(results, jobs, base)
+    text = "\n".join(table(rows)) + "\n"
+    (results / "results.txt").write_text(text)
+    print(text, end="")
+    if "T" in rows[0] and not picture(rows, results / "results.png"):
+        print("no results.png: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    run_main(main)
