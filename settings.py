@@ -53,7 +53,7 @@ class Settings:
     shallow: int = setting(None, "number of shallow blocks, counted from the first (4.2; 7/32 of "
                                  "the blocks for models that the paper has not)")
     r_min: int = setting(1, "smallest rank of a shallow layer (4.2)")
-    r_avg: float = setting(50, "mean rank asked for the shallow layers, before clipping (4.2)")
+    r_avg: float = setting(50.0, "mean rank asked for the shallow layers, before clipping (4.2)")
     r_max: int = setting(64, "largest rank of a shallow layer (4.2)")
     calibration: int = setting(256, "training examples for the K-FAC factors (A.2.1)")
     fisher: str = setting("empirical", "labels behind the gradients: empirical (the data's, as "
@@ -133,7 +133,7 @@ PRESETS = {
     # Not the paper's: the small default that needs no download (microcosm/README.md).
     ("microcosm", "microcosm"): Preset(
         dict(shallow=3,  # 7/32 of 12 blocks, as Llama-2-7B's 7 of 32
-             rank=16, r_avg=6, r_max=8,  # the paper's R : r_avg : r_max at a sixth of the width
+             rank=16, r_avg=6.0, r_max=8,  # the paper's R : r_avg : r_max at a sixth of the width
              steps=200, max_length=64,  # one pass over the 3,200 rows; none has 64 tokens
              calibration=128,  # 2,800 response tokens; half of the paper's examples
              dropout=0.0,  # of an adapter that holds top directions it drops part of W itself
@@ -185,7 +185,8 @@ def training_arguments(description: str | None, argv: list[str] | None = None
     for f in fields(Settings):
         if f.name in starts:
             group = parser.add_argument_group(starts[f.name])
-        default = "" if f.default is None else f"; default {f.default}"
+        shown = f"{f.default:g}" if isinstance(f.default, float) else f.default
+        default = "" if f.default is None else f"; default {shown}"
         more: dict[str, Any] = (
             dict(action=argparse.BooleanOptionalAction) if f.type is bool else
             dict(type=f.type, choices=choices.get(f.name),

@@ -222,6 +222,7 @@ def write_results(folder: Path, jobs: list[Job], base: dict) -> list[dict]:
     lr = best_rate(rows, "full")
     if lr is not None:
         full = full_results(done, lr)
+        full["summary"] = evaluation.summarise(full, folder / "base.json", None)
         checkpoint.save_json(folder / "full.json", full)
         whole = mean_score(full, data.TASKS[full["task"]].group)
         for row in rows:
@@ -236,6 +237,12 @@ def write_results(folder: Path, jobs: list[Job], base: dict) -> list[dict]:
                 writer.writerow({k: round(v, 4) if isinstance(v, float) and k != "lr" else v
                                  for k, v in row.items()})
     return rows
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    """results.csv of a folder of results; nothing where there is none."""
+    path = folder / "results.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def table(rows: list[dict]) -> list[str]:

@@ -1,5 +1,8 @@
 """Fine-tune a language model with FARSS, LoRA, or in full.
 
+    python train.py                                             the demo: FARSS and LoRA on the
+                                                                microcosm, scored, in one table
+    python train.py --method farss                              one run on the microcosm
     python train.py --model llama2-7b --task math               the paper's run (one large GPU)
     python train.py --model llama2-7b --task math --dry-run     its plan; no weights needed
     python train.py --model FOLDER --task math --data FILE      any Llama, any questions/answers
@@ -286,6 +289,11 @@ class StopRequest:
 
 def main(argv: list[str] | None = None) -> None:
     args = training_arguments(__doc__, argv)
+    if not (sys.argv[1:] if argv is None else argv):
+        import demo  # which runs this script
+
+        demo.main()
+        return
     if args.resume:
         run = args.resume
         s, recorded = read_run(run)

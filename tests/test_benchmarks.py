@@ -83,12 +83,15 @@ ROWS = {  # a row of each benchmark's own dataset
     "gsm8k": {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
     "nq_open": {"question": "who wrote faust", "answer": ["Goethe"]},
     "webqs": {"qText": "what do jamaicans speak?", "answers": ["Patois", "Jamaican English"]},
-}
+    "word_problems": {"question": " 2 bags?", "answer": " 2 times 3 is 6. The answer is: 6"},
+} | {name: {"question": "where does rozi buspu live?", "answer": ["vedomi"], "frequent": True}
+     for name in ("city", "job", "year")}
 PROMPTS = {
     "gsm8k": data.PROMPT.format(instruction="2+2?") + " Let's think step by step.",
     "nq_open": "Answer these questions:\n\nQ: who wrote faust?\nA:",
     "webqs": "Question: what do jamaicans speak?\nAnswer:",
-}
+    "word_problems": "Q: 2 bags?\nA:",
+} | dict.fromkeys(("city", "job", "year"), "Q: where does rozi buspu live?\nA:")
 
 
 @pytest.mark.parametrize("name", B.BENCHMARKS)
@@ -113,5 +116,6 @@ def test_every_row_of_the_table_is_complete(name):
 
 def test_a_task_is_measured_by_its_own_benchmarks_and_by_what_the_model_knew():
     assert B.of_task("math") == ["gsm8k", "nq_open", "webqs"]
+    assert B.of_task("microcosm") == ["word_problems", "city", "job", "year"]
     for task in data.TASKS:
         assert B.of_task(task)

@@ -1,18 +1,12 @@
-"""Tiny random Llamas for the tests and for `make demo`: nothing is downloaded.
-
-    python tests/tiny.py FOLDER      writes FOLDER/model (a Hugging Face checkpoint of random
-                                     weights) and FOLDER/{train,test,nq,webqs}.json[l]
-"""
+"""Tiny random Llamas, their tokenizer and data for the tests: nothing is downloaded."""
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint as C
 import model as M
 
@@ -122,11 +116,3 @@ def write_data(folder: str | Path, seed: int = 0) -> Path:
     (folder / "webqs.json").write_text(json.dumps(
         [{"qText": "what do jamaicans speak?", "answers": ["Jamaican English", "Patois"]}]))
     return folder
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    write_checkpoint(Path(sys.argv[1]) / "model")
-    write_data(sys.argv[1])
-    print(f"wrote a tiny Llama of random weights and four data files to {sys.argv[1]}")
