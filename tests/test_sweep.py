@@ -111,8 +111,8 @@ def test_the_demo_in_an_empty_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     demo.main(SHORT)
     out = capsys.readouterr().out.splitlines()
-    table = [line.split()[0] for line in out if line and line.split()[0] in
-             ("base", "full", "lora", "farss")]
+    first = next(i for i, line in enumerate(out) if line.startswith("method "))
+    table = [line.split()[0] for line in out[first + 1 : first + 5]]
     assert table == ["base", "full", "lora", "farss"]
     assert Path("runs/demo/demo.png").exists()
     before, after, caution = out[-3:]
