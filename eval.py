@@ -1,18 +1,21 @@
 """Score a model or a run on the paper's benchmarks; K, T and KT (Eq. 36-38).
 
     python eval.py runs/NAME                    a run of train.py, against its base model's results
-    python eval.py smollm2-135m                 the untouched model (a short name, hub id, folder)
+    python eval.py microcosm                    the untouched model (a short name, hub id, folder)
     python eval.py --table runs/A runs/B        one table of finished results, nothing is run
 
 Writes results.json, and eval/BENCHMARK.jsonl with every prompt, output and verdict, into the run's
 folder, for an untouched model into runs/<model>-base.
 
-Benchmarks (knowledge: nq_open, webqs; task math: gsm8k), each by the paper's protocol; they are
-the rows of benchmarks.py:
+Benchmarks are the rows of benchmarks.py. Of the task math, each by the paper's protocol (task:
+gsm8k; knowledge: nq_open, webqs):
     gsm8k    the training prompt + " Let's think step by step.", greedy, number after the last
              "The answer is: "; also the mean loss of the reference answers (nats per token)
     nq_open  zero-shot, greedy up to "\\n", "." or ",", exact match with any answer (lm_eval)
     webqs    right when every token of some answer is the model's first choice (lm_eval)
+Of the microcosm (task: word_problems; knowledge: city, job, year), all greedy and to the letter:
+    word_problems    what follows "The answer is: "; also the mean loss of the reference answers
+    city, job, year  the whole answer; frequent and rare people apart
 """
 
 import argparse
@@ -44,6 +47,7 @@ from settings import (
     provenance,
     read_run,
     run_main,
+    use_threads,
 )
 
 # Printed scores (%) of the untouched and the fully fine-tuned models: Tables 2a and 10.
@@ -438,6 +442,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = {b: data.read_rows(args.data.get(b, BENCHMARKS[b].source))[: args.limit]
             for b in args.benchmarks or of_task(task_of(about))}
     asked = {b: questions(b, r) for b, r in rows.items()}
+    use_threads(target.settings.threads if target.settings else
+                preset(about["model"], task_of(about)).settings.get("threads"))
     model = load_target(target, args.dtype, args.device)
     out = args.out or target.home
     tokenizer = checkpoint.Tokenizer(target.folder, model.config)

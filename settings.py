@@ -78,6 +78,8 @@ class Settings:
     dtype: str = setting(None, "float32 or bfloat16 (A.2.1: bfloat16; on CPU float32, which is "
                                "many times faster there)")
     device: str = setting(None, "cuda, mps or cpu (default: the first that is there)")
+    threads: int = setting(None, "CPU threads (default: torch's choice); the last bits of sums "
+                                 "depend on their number")
     micro_batch: int = setting(None, "examples per forward pass (default: as many as fit into "
                                      "memory); the gradient is that of the whole batch")
     checkpointing: bool = setting(None, "recompute activations in the backward pass (default: "
@@ -136,6 +138,7 @@ PRESETS = {
              rank=16, r_avg=6.0, r_max=8,  # the paper's R : r_avg : r_max at a sixth of the width
              steps=200, max_length=64,  # one pass over the 3,200 rows; none has 64 tokens
              calibration=128,  # 2,800 response tokens; half of the paper's examples
+             threads=1,  # matrices this small take longer to share out than to multiply
              dropout=0.0,  # of an adapter that holds top directions it drops part of W itself
              lr=dict(full=8e-4, lora=4e-3, farss=2e-3)),  # best K and task of microcosm/results.csv
         base_results=MICROCOSM / "base.json", full_results=MICROCOSM / "full.json",
@@ -147,6 +150,12 @@ PRESETS = {
 def preset(model: str, task: str) -> Preset:
     """The row of a model and task; an empty one where there is none."""
     return PRESETS.get((model, task), Preset({}))
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch use so many CPU threads; None leaves it as it is."""
+    if count:
+        torch.set_num_threads(count)
 
 
 def default_task(model: str) -> str:
@@ -235,7 +244,7 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
 def check(s: Settings, config: Config) -> None:
     """Refuse values that no run can have; UserError names the flag."""
     for name in ("rank", "alpha", "calibration", "lr", "batch_size", "examples", "epochs",
-                 "max_length", "clip", "save_every", "steps", "micro_batch"):
+                 "max_length", "clip", "save_every", "steps", "micro_batch", "threads"):
         value = getattr(s, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")

@@ -44,6 +44,7 @@ from settings import (
     run_main,
     settle,
     training_arguments,
+    use_threads,
     write_run,
 )
 
@@ -310,6 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         check_new(run)
         s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
 
+    use_threads(s.threads)
     rows = data.read_rows(s.data)
     folder = checkpoint.fetch(s.model)
     tokenizer = checkpoint.Tokenizer(folder, config)
