@@ -31,13 +31,12 @@ class Method:
     start: Callable[..., tuple[Tensor, Tensor]] | None = None  # (W, r, generator) -> A, B
     needs: str = "nothing"  # to start: nothing; fisher: Σ_h and Σ_δ of every layer
     adaptive: bool = False  # ranks: of Eq. 9-12 in the shallow blocks; else R everywhere
-    splits: bool = False  # the start is taken out of the weight: W_res = W - scaling · B A
     trains: str = "adapters"  # or weights: every weight, without adapters
     penalty: Callable[[nn.Module], Tensor] | None = None  # added to the loss of every step
 
 
 METHODS = {
-    "farss": Method("the paper's method", needs="fisher", adaptive=True, splits=True),
+    "farss": Method("the paper's method", needs="fisher", adaptive=True),
     "lora": Method("A random, B zero", lora),
     "full": Method("fine-tuning of every weight", trains="weights"),
 }

@@ -19,13 +19,6 @@ from checkpoint import UserError
 # -------------------------------------------------------------------------------------- judges
 
 
-def cut(text: str, stops: Iterable[str]) -> str:
-    """What stands before the first of the stop strings."""
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text
-
-
 def number_after_marker(text: str) -> str | None:
     """What follows the last "The answer is: ", stripped; None without the marker."""
     _, marker, after = text.rpartition("The answer is: ")
@@ -104,6 +97,7 @@ class Benchmark(NamedTuple):
     whether every token of some right answer is the model's first choice, and generates nothing.
     """
 
+    about: str  # for --help
     source: str  # of data.SOURCES
     group: str  # what it measures: see data.TASKS
     protocol: str  # of eval.PROTOCOLS
@@ -163,22 +157,27 @@ def fact_part(row: data.Row) -> str:
     return "frequent" if row.fields.get("frequent") else "rare"
 
 
-FACT = Benchmark("", "microcosm facts", "complete", fact_prompt, answers, one_of,
+FACT = Benchmark("greedy; the whole answer, to the letter; frequent and rare people apart", "",
+                 "microcosm facts", "complete", fact_prompt, answers, one_of,
                  extract=str.strip, new_tokens=6, bos="always", part=fact_part)
 
 
 BENCHMARKS = {
     "gsm8k": Benchmark(
+        "the training prompt, step by step; the number after the last \"The answer is: \"",
         "gsm8k-test", "math", "complete", gsm8k_prompt, gsm8k_gold, gsm8k_strict, gsm8k_official,
         number_after_marker, 1024, ("Instruction:", "Instruction", "Response:", "Response"),
         bos="always", loss_under="math"),
     "nq_open": Benchmark(
+        "greedy up to a new line, full stop or comma; exact match with any answer (lm_eval)",
         "nq_open", "world knowledge", "complete", nq_prompt, answers, exact_match,
         stops=("\n", ".", ",")),
     "webqs": Benchmark(
+        "every token of some answer is the model's first choice (lm_eval)",
         "webqs", "world knowledge", "greedy_match", webqs_prompt,
         lambda row: without_extensions(answers(row))),
     "word_problems": Benchmark(
+        "greedy; what follows \"The answer is: \", to the letter",
         "microcosm-test", "microcosm", "complete", word_problem_prompt, word_problem_gold,
         extract=number_after_marker, new_tokens=28, bos="always", loss_under="microcosm"),
     "city": FACT._replace(source="city"),

@@ -112,11 +112,16 @@ MODELS: dict[str, tuple[str | Path, Config]] = {
 def config_of(name_or_path: str | Path) -> Config:
     """The Config of a short name without any download, otherwise of the fetched config.json."""
     text = str(name_or_path)
-    if text in MODELS and not Path(text).is_dir():
+    if text in MODELS and not is_folder(text):
         return MODELS[text][1]
     if not Path(text).is_dir() and is_hub_id(text):
         return read_config(hub_download(text, "config.json").parent)
     return read_config(fetch(text))
+
+
+def is_folder(text: str) -> bool:
+    """Whether a model's name means a folder here; a short name does if a checkpoint is in it."""
+    return Path(text).is_dir() and (text not in MODELS or (Path(text) / "config.json").exists())
 
 
 def is_hub_id(text: str) -> bool:
@@ -135,7 +140,7 @@ def fetch(name_or_path: str | Path) -> Path:
     Raises UserError saying what to do when it cannot be had.
     """
     text = str(name_or_path)
-    if Path(text).is_dir():
+    if is_folder(text):
         return Path(text)
     place = MODELS[text][0] if text in MODELS else text
     if isinstance(place, Path):

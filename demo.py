@@ -15,14 +15,14 @@ import eval as evaluation
 import sweep
 from settings import Settings, default_task, preset
 
-METHODS = ("lora", "farss")
+COMPARED = ("lora", "farss")
 OUT = Path("runs") / "demo"
 
 
 def row(results: dict) -> dict[str, float]:
     """What the demo speaks of, in %: the task, and what is known of frequent and rare people."""
     return {"word problems": results["benchmarks"]["word_problems"]["score"],
-            **evaluation.parts(results)}
+            **evaluation.mean_parts(results)}
 
 
 def sentences(base: dict, runs: dict[str, dict], stored: list[dict[str, str]]) -> list[str]:
@@ -51,15 +51,8 @@ def spell(stored: list[dict[str, str]], method: str, lr: float, column: str) -> 
     return f"{fmean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else "not measured"
 
 
-def picture(results: list[dict], path: Path) -> bool:
-    """Bars: each benchmark before and after; False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw_scores(pyplot: Any, results: list[dict], path: Path) -> None:
+    """Bars: task and knowledge, before and after."""
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     names = list(row(results[0]))
     shades: list[Any] = ["0.85", "0.6", "0.35", "0.1"]
@@ -74,7 +67,6 @@ def picture(results: list[dict], path: Path) -> bool:
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.15))
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
-    return True
 
 
 def main(flags: list[str] | None = None, out: Path = OUT) -> None:
@@ -82,17 +74,22 @@ def main(flags: list[str] | None = None, out: Path = OUT) -> None:
     model = Settings.model
     stored = preset(model, default_task(model))
     assert stored.base_results and stored.full_results
-    jobs = [sweep.make_job(out, [*(flags or []), "--method", m]) for m in METHODS]
-    print(f"{' and '.join(METHODS)} on the {model}, {jobs[0].steps} steps each; kept in {out}")
+    jobs = [sweep.make_job(out, [*(flags or []), "--method", m]) for m in COMPARED]
+    print(f"{' and '.join(COMPARED)} on the {model}, {jobs[0].steps} steps each; kept in {out}")
     for _ in sweep.run_all(jobs, min(len(jobs), os.cpu_count() or 1)):
         pass
     base, full = (checkpoint.read_json(p) for p in (stored.base_results, stored.full_results))
     runs = {job.settings.method: evaluation.read_results(job.run) for job in jobs}
+    for r in runs.values():  # whatever other results of the base lie about
+        r["summary"] = evaluation.summarise(r, stored.base_results, stored.full_results)
     everything = [base, full, *runs.values()]
     print("\n".join(evaluation.table(everything)))
-    file = out / "demo.png"
-    print(f"picture: {file}" if picture(everything, file) else
-          f"no {file}: pip install matplotlib")
+    pyplot, file = sweep.plotting(), out / "demo.png"
+    if pyplot is None:
+        print(f"no {file}: pip install matplotlib")
+    else:
+        draw_scores(pyplot, everything, file)
+        print(f"picture: {file}")
     print()
     for sentence in sentences(base, runs, sweep.read_csv(stored.full_results.parent)):
         print(sentence)

@@ -7,15 +7,7 @@
 Writes results.json, and eval/BENCHMARK.jsonl with every prompt, output and verdict, into the run's
 folder, for an untouched model into runs/<model>-base.
 
-Benchmarks are the rows of benchmarks.py. Of the task math, each by the paper's protocol (task:
-gsm8k; knowledge: nq_open, webqs):
-    gsm8k    the training prompt + " Let's think step by step.", greedy, number after the last
-             "The answer is: "; also the mean loss of the reference answers (nats per token)
-    nq_open  zero-shot, greedy up to "\\n", "." or ",", exact match with any answer (lm_eval)
-    webqs    right when every token of some answer is the model's first choice (lm_eval)
-Of the microcosm (task: word_problems; knowledge: city, job, year), all greedy and to the letter:
-    word_problems    what follows "The answer is: "; also the mean loss of the reference answers
-    city, job, year  the whole answer; frequent and rare people apart
+The benchmarks (rows of benchmarks.py), by the group that they measure:
 """
 
 import argparse
@@ -131,10 +123,10 @@ class Evaluator:
         return PROTOCOLS[BENCHMARKS[name].protocol](self, name, asked)
 
     def with_bos(self, row: Benchmark) -> bool:
-        """lm_eval encodes without BOS, except for Gemma."""
+        """Whether BOS goes in front: as the benchmark, the option and lm_eval's rule say."""
         if row.bos == "always" or self.bos == "always":
             return True
-        return self.bos == "harness" and self.model.config.model_type.startswith("gemma")
+        return self.bos == "harness" and M.FAMILIES[self.model.config.model_type].harness_bos
 
     def completions(self, prompts: list[str], limit: int, stops: tuple[str, ...], bos: bool,
                  desc: str) -> list[str]:
@@ -337,7 +329,7 @@ def summarise(results: dict, base: str | Path | None, full: str | Path | None
     return {k: None if math.isnan(v) else v for k, v in summary.items()}
 
 
-def parts(results: dict) -> dict[str, float]:
+def mean_parts(results: dict) -> dict[str, float]:
     """Mean score of each part ("frequent", "rare") over the benchmarks that have it."""
     scores: dict[str, list[float]] = {}
     for b in results["benchmarks"].values():
@@ -349,7 +341,7 @@ def parts(results: dict) -> dict[str, float]:
 def table(runs: list[dict]) -> Iterable[str]:
     """One row per result; a score whose reference is 0 is "undefined"."""
     benchmarks = list(dict.fromkeys(b for r in runs for b in r["benchmarks"]))
-    apart = list(dict.fromkeys(part for r in runs for part in parts(r)))
+    apart = list(dict.fromkeys(part for r in runs for part in mean_parts(r)))
     has_loss = any("answer_loss" in b for r in runs for b in r["benchmarks"].values())
     columns = [*benchmarks, *apart, *(["answer loss"] if has_loss else []), "Avg", "K", "T", "KT"]
     width = {c: max(len(c), 9) + 2 for c in columns}
@@ -357,7 +349,8 @@ def table(runs: list[dict]) -> Iterable[str]:
     for r in runs:
         cells = [f"{r['benchmarks'][b]['score']:.2f}" if b in r["benchmarks"] else "-"
                  for b in benchmarks]
-        cells += [f"{parts(r)[part]:.2f}" if part in parts(r) else "-" for part in apart]
+        means = mean_parts(r)
+        cells += [f"{means[part]:.2f}" if part in means else "-" for part in apart]
         if has_loss:
             loss = next((b["answer_loss"] for b in r["benchmarks"].values()
                          if "answer_loss" in b), None)
@@ -375,7 +368,8 @@ def table(runs: list[dict]) -> Iterable[str]:
 
 
 def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__ + "".join(f"    {name:14} {b.group}: {b.about}\n"
+                                      for name, b in BENCHMARKS.items()))
     parser.add_argument("target", nargs="?", help="run folder, short name, hub id, model folder")
     parser.add_argument("--benchmarks", help="of " + ",".join(BENCHMARKS) + " (default: those of "
                         "the run's task)")
@@ -392,10 +386,10 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="gsm8k: exact numbers, or the official code's lenient rule; "
                         "default %(default)s")
     parser.add_argument("--base-results", metavar="paper|FILE|RUN", help="scores before fine-"
-                        "tuning, for K (default: runs/<model>-base, if it is there; the "
-                        "microcosm brings its own)")
+                        "tuning, for K (default: runs/<model>-base, else those of "
+                        "settings.PRESETS)")
     parser.add_argument("--full-results", metavar="paper|FILE|RUN", help="scores of full fine-"
-                        "tuning, for T (the microcosm brings its own)")
+                        "tuning, for T (default: those of settings.PRESETS)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the run's; for a "
                         "model float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")

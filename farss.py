@@ -95,6 +95,7 @@ class FactorSums:
             raise ValueError("no calibration token: the batches are empty or fully padded")
         for total in (*self.hh.values(), *self.dd.values(), *self.first.values()):
             total /= self.tokens  # in place: a second copy would double the memory
+        self.tokens = 1  # they are means now, and stay so in a second call
         return {n: (self.hh[self.owner[n]], self.dd[n]) for n in self.dd}
 
     def first_token_share(self) -> dict[str, float]:
@@ -232,6 +233,8 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     by_block: dict[int, list[str]] = {}
     for name in names:
         by_block.setdefault(block_index(name), []).append(name)
+    if max(by_block, default=0) >= len(model.blocks):
+        raise ValueError(f"{by_block[max(by_block)][0]}: the model has {len(model.blocks)} blocks")
     lowest = min(by_block, default=len(model.blocks))
     inputs, contexts = block_inputs(model, progress(batches, desc="forward"), lowest, keep_on)
     gradients: list[Any] = [None] * len(batches)

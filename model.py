@@ -59,6 +59,7 @@ class Family(NamedTuple):
 
     architecture: str
     defaults: dict[str, Any]  # transformers' own; None where other fields decide
+    harness_bos: bool = False  # whether lm_eval puts BOS before a question (on Gemma alone)
 
 
 LLAMA = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6,

@@ -92,7 +92,7 @@ def make(s: Settings, config: Config, memory: float | None = None) -> Plan:
 
 
 def is_shallow(s: Settings, name: str) -> bool:
-    return s.how.adaptive and block_index(name) < s.shallow
+    return s.how.adaptive and s.budget.is_shallow(name)
 
 
 def adapter_parameters(s: Settings, shapes: Shapes, shallow_rank: float) -> float:
@@ -106,7 +106,7 @@ def layer_groups(s: Settings, shapes: Shapes) -> list[Group]:
     members: dict[tuple[str, str], list[str]] = {}
     for name in shapes:
         depth = "shallow" if is_shallow(s, name) else "deep" if s.how.adaptive else "all"
-        members.setdefault((depth, name.rsplit(".", 1)[1]), []).append(name)
+        members.setdefault((depth, name.rpartition(".")[2]), []).append(name)
     groups = []
     for (depth, leaf), names in sorted(members.items(), key=lambda g: g[0][0] != "shallow"):
         m, n = shapes[names[0]]
@@ -160,7 +160,7 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
     """
     shapes = {n: shape for n, shape in linear_shapes(empty(config), s.target_names).items()
               if block_index(n) == 0}
-    inputs = {READS.get(n.rsplit(".", 1)[1], n): shape[1] for n, shape in shapes.items()}
+    inputs = {READS.get(n.rpartition(".")[2], n): shape[1] for n, shape in shapes.items()}
     numbers = sum(n * n for n in inputs.values()) + sum(m * m for m, _ in shapes.values())
     return {"weights": element_size(s) * parameters,
             "factors of a block": 4 * numbers,
@@ -214,7 +214,7 @@ def million(count: float) -> str:
     return f"{count / 1e6:,.1f}M"
 
 
-def parts(memory: dict[str, float]) -> str:
+def by_part(memory: dict[str, float]) -> str:
     """"12.3 GB: weights 10.0, activations 2.3"."""
     each = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items())
     return f"{sum(memory.values()) / 1e9:.1f} GB: {each}"
@@ -259,10 +259,10 @@ def show(s: Settings, plan: Plan) -> None:
     has = f"{plan.memory / 1e9:.0f} GB" + (" (an 80 GB GPU; no --device given)" if s.device is None
                                            else f" free on {s.device}")
     print(f"memory        of {has}, about")
-    print(f"              training {parts(plan.training)} (micro-batch {plan.micro_batch}"
+    print(f"              training {by_part(plan.training)} (micro-batch {plan.micro_batch}"
           + (", checkpointing)" if plan.checkpointing else ")"))
     if plan.initialisation:
-        print(f"              initialisation {parts(plan.initialisation)}")
+        print(f"              initialisation {by_part(plan.initialisation)}")
     if not plan.fits:
         print("              THIS DOES NOT FIT"
               + (": AdamW needs 16 bytes for every weight" if s.how.trains == "weights" else

@@ -226,8 +226,13 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
     flags = given(args)
     model, method = flags.get("model", Settings.model), flags.get("method", Settings.method)
     task = flags.get("task", default_task(model))
-    row = {name: value[method] if isinstance(value, dict) else value
-           for name, value in preset(model, task).settings.items()}
+    row = {name: value for name, value in preset(model, task).settings.items()
+           if name not in flags}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            if method not in value:
+                raise UserError(f"no --{name} is known for {method} on {model}; give one")
+            row[name] = value[method]
     config = checkpoint.config_of(model)
     s = Settings(**(row | flags | {"task": task}))
     device = s.device if args.dry_run and not s.device else str(checkpoint.pick_device(s.device))
@@ -254,9 +259,10 @@ def check(s: Settings, config: Config) -> None:
     if not 0 <= s.shallow <= config.num_hidden_layers:
         raise UserError(f"--shallow {s.shallow}: {s.model} has {config.num_hidden_layers} blocks")
     try:
+        names = linear_names(empty(config), s.target_names)
         if s.how.adaptive:
-            s.budget  # noqa: B018
-        linear_names(empty(config), s.target_names)
+            for name in names:
+                s.budget.is_shallow(name)  # a layer outside the blocks has no depth
     except ValueError as error:
         raise UserError(str(error)) from None
 

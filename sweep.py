@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ from settings import (
     Settings,
     finished,
     is_run,
+    model_name,
     preset,
     provenance,
     read_run,
@@ -51,6 +53,7 @@ from settings import (
 )
 
 HERE = Path(__file__).resolve().parent
+REFERENCE = "full"  # the method that T divides by (Eq. 37)
 
 
 @dataclass(frozen=True)
@@ -107,28 +110,28 @@ def run_all(jobs: list[Job], parallel: int) -> Iterable[Job]:
     """Run what is not done, `parallel` at a time; yields each job when its results are there.
 
     Raises UserError with the last line of a run that failed. However it ends, the runs that are
-    under way are told to save and stop.
+    under way are told to save and stop, and are waited for.
     """
-    waiting = [job for job in jobs if not job.done()]
+    to_do = [job for job in jobs if not job.done()]
     yield from (job for job in jobs if job.done())
+    waiting = list(to_do)
     running: dict[subprocess.Popen, Job] = {}
     threads = max(1, (os.cpu_count() or 1) // parallel)
-    total = sum(job.steps for job in waiting)
-    bar = tqdm(total=total, desc="runs", unit="step", disable=None)
-    under_way = list(waiting)
+    bar = tqdm(total=sum(job.steps for job in to_do), desc="runs", unit="step", disable=None)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is reached
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
                 running[start(job, threads)] = job
             time.sleep(0.2)
-            bar.update(sum(job.steps_done() for job in under_way) - bar.n)
+            bar.update(sum(job.steps_done() for job in to_do) - bar.n)
             bar.set_postfix_str(", ".join(job.run.name for job in running.values()))
             for process in [p for p in running if p.poll() is not None]:
                 job = running.pop(process)
                 if process.returncode:
-                    lines = Path(f"{job.run}.log").read_text().strip().splitlines()
-                    raise UserError(f"{job.run}: {lines[-1] if lines else 'failed'}")
+                    lines = Path(f"{job.run}.log").read_text().strip().splitlines() or [""]
+                    raise UserError(f"{job.run} ended with {process.returncode}: {lines[-1]}")
                 yield job
     finally:
         bar.close()
@@ -136,6 +139,7 @@ def run_all(jobs: list[Job], parallel: int) -> Iterable[Job]:
             process.terminate()
         for process in running:
             process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 # --------------------------------------------------------------------------------------- results
@@ -165,7 +169,7 @@ def row_of(job: Job, base: dict) -> dict[str, Any]:
     known = [b for b in scores if BENCHMARKS[b].group == data.TASKS[s.task].knowledge]
     before = {b: base["benchmarks"][b]["score"] for b in known}
     return {
-        "method": s.method, "lr": s.lr, "seed": s.seed, **scores, **evaluation.parts(results),
+        "method": s.method, "lr": s.lr, "seed": s.seed, **scores, **evaluation.mean_parts(results),
         "K": evaluation.knowledge_score({b: scores[b] for b in known}, before),
         "task_score": mean_score(results, data.TASKS[s.task].group),
         "trainable": results["trainable"],
@@ -198,7 +202,7 @@ def best_rate(rows: list[dict], method: str) -> float | None:
 def full_results(jobs: list[Job], lr: float) -> dict:
     """Full fine-tuning at this rate, its scores averaged over the seeds, as a results.json."""
     runs = [evaluation.read_results(job.run) for job in jobs
-            if job.settings.how.trains == "weights" and job.settings.lr == lr]
+            if job.settings.method == REFERENCE and job.settings.lr == lr]
     first = runs[0]
     benchmarks = {
         name: b | {"score": fmean(r["benchmarks"][name]["score"] for r in runs)}
@@ -219,14 +223,15 @@ def write_results(folder: Path, jobs: list[Job], base: dict) -> list[dict]:
     rows = [row_of(job, base) for job in done]
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_json(folder / "base.json", base)
-    lr = best_rate(rows, "full")
+    lr = best_rate(rows, REFERENCE)
     if lr is not None:
         full = full_results(done, lr)
         full["summary"] = evaluation.summarise(full, folder / "base.json", None)
         checkpoint.save_json(folder / "full.json", full)
-        whole = mean_score(full, data.TASKS[full["task"]].group)
+        whole = {name: b["score"] for name, b in full["benchmarks"].items()
+                 if BENCHMARKS[name].group == data.TASKS[full["task"]].group}
         for row in rows:
-            row["T"] = row["task_score"] / whole
+            row["T"] = evaluation.task_score({name: row[name] for name in whole}, whole)
             row["KT"] = evaluation.harmonic_mean(row["K"], row["T"])
     if rows:
         with checkpoint.atomic(folder / "results.csv") as temporary, \
@@ -243,6 +248,15 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
     """results.csv of a folder of results; nothing where there is none."""
     path = folder / "results.csv"
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def check_results(folder: Path, jobs: list[Job]) -> None:
+    """Never let results of other runs go: UserError if results.csv has some."""
+    mine = {(job.settings.method, job.settings.lr, job.settings.seed) for job in jobs}
+    for r in read_csv(folder):
+        if (r["method"], float(r["lr"]), int(r["seed"])) not in mine:
+            raise UserError(f"{folder / 'results.csv'} holds {r['method']} at {r['lr']}, which "
+                            "this command does not run; choose another --results")
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -268,15 +282,20 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def picture(rows: list[dict], path: Path) -> bool:
-    """K against T, each method a path over its learning rates; False without matplotlib."""
+def plotting() -> Any:
+    """matplotlib.pyplot, which needs no screen; None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
-        return False
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw_tradeoff(pyplot: Any, rows: list[dict], path: Path) -> None:
+    """K against T, each method a path over its learning rates."""
     figure, axes = pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         groups = {lr: g for (name, lr), g in by_setting(rows).items() if name == method}
@@ -295,7 +314,6 @@ def picture(rows: list[dict], path: Path) -> bool:
     axes.legend()
     figure.savefig(path, dpi=120, metadata={"Software": None})  # equal runs, equal files
     pyplot.close(figure)
-    return True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -322,23 +340,30 @@ def main(argv: list[str] | None = None) -> None:
     common = ["--model", args.model, *args.flags]
     s, _ = settle(training_arguments(None, common))
     grid = preset(s.model, s.task).grid or {}
-    out = args.out or Path("runs") / f"sweep-{Path(args.model).name}-{s.task}"
-    settings = [(m, lr, seed) for m in args.methods
-                for lr, seed in product(args.lrs or grid.get(m, ()), args.seeds)]
-    if not settings:
-        parser.error(f"{args.model} has no grid of learning rates; give --lrs")
-    jobs = [make_job(out, [*common, "--method", m, "--lr", f"{lr:g}", "--seed", str(seed)])
-            for m, lr, seed in settings]
-    base = base_results(s.model, s.task, out)
+    out = args.out or Path("runs") / f"sweep-{model_name(args.model)}-{s.task}"
+    without = [m for m in args.methods if not args.lrs and m not in grid]
+    if without:
+        parser.error(f"no learning rates are known for {', '.join(without)} on {args.model}; "
+                     "give --lrs")
+    every = [make_job(out, [*common, "--method", m, "--lr", f"{lr:g}", "--seed", str(seed)])
+             for m in args.methods for lr, seed in product(args.lrs or grid[m], args.seeds)]
+    jobs = list({job.run: job for job in every}.values())  # a rate given twice is one run
     results = args.results or out
+    check_results(results, jobs)
+    base = base_results(s.model, s.task, out)
     for _ in run_all(jobs, args.jobs):
         write_results(results, jobs, base)
     rows = write_results(results, jobs, base)
     text = "\n".join(table(rows)) + "\n"
     (results / "results.txt").write_text(text)
     print(text, end="")
-    if "T" in rows[0] and not picture(rows, results / "results.png"):
+    pyplot = plotting()
+    if pyplot is None:
         print("no results.png: pip install matplotlib")
+    elif "T" in rows[0]:
+        draw_tradeoff(pyplot, rows, results / "results.png")
+    else:
+        print(f"no T and no results.png: they need runs of the method {REFERENCE}")
 
 
 if __name__ == "__main__":

@@ -57,18 +57,16 @@ def initialise(model: M.Llama, s: Settings, examples: list[data.Example]
                ) -> tuple[Adapters, dict]:
     """Attach the method's adapters, or free all weights where it trains those.
 
-    Returns ({name: (A0, B0)} taken out of W, ranks.json).
+    Returns ({name: (A0, B0)} that were taken out of W, ranks.json).
     """
     if s.how.trains == "weights":
         model.requires_grad_(True)
         return {}, {}
     adapters, report = STARTS[s.how.needs](model, s, examples)
     lost = M.attach(model, adapters, s.scaling, s.dropout, s.residual)
-    if not s.how.splits:
-        return {}, report
     for name, layer in report["layers"].items():
         layer["residual_rounding"] = lost[name]
-    return adapters, report
+    return {n: (A, B) for n, (A, B) in adapters.items() if B.any()}, report
 
 
 def start_alone(model: M.Llama, s: Settings, examples: list[data.Example]
@@ -92,11 +90,13 @@ def start_from_fisher(model: M.Llama, s: Settings, examples: list[data.Example]
     draw = torch.Generator(s.device).manual_seed(s.seed)
     loss = farss.sampled_loss(draw) if s.fisher == "sampled" else farss.summed_loss
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
+    keep_on = "cpu" if kept > plan.device_memory(s.device) / 2 else None
+    if keep_on and s.device != keep_on:
+        print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
         measured = farss.measure(
             model, batches, M.linear_names(model, s.target_names), s.budget, loss,
-            keep_on="cpu" if kept > plan.device_memory(s.device) / 2 else None,
-            progress=partial(tqdm, leave=False, disable=None))
+            keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None))
     except ValueError as error:  # a checkpoint or activations that are not finite
         raise UserError(f"{s.model}: {error}") from None
     layers = farss.build_adapters(measured, s.budget, s.scaling)
@@ -290,11 +290,6 @@ class StopRequest:
 
 def main(argv: list[str] | None = None) -> None:
     args = training_arguments(__doc__, argv)
-    if not (sys.argv[1:] if argv is None else argv):
-        import demo  # which runs this script
-
-        demo.main()
-        return
     if args.resume:
         run = args.resume
         s, recorded = read_run(run)
@@ -323,9 +318,10 @@ def main(argv: list[str] | None = None) -> None:
     if recorded and recorded["data_sha256"] != chosen.sha256:
         raise UserError(f"{s.data}: not the data that {run} was started with")
     model = checkpoint.load(folder, s.master_dtype, s.device)
-    if recorded is None:
-        (run / "checkpoint").mkdir(parents=True, exist_ok=True)
+    if recorded is None:  # run.json goes first: with it alone a run can be resumed
+        run.mkdir(parents=True, exist_ok=True)
         write_run(run, s, {"data_sha256": chosen.sha256, "dropped_rows": chosen.dropped})
+    (run / "checkpoint").mkdir(exist_ok=True)
 
     started = time.perf_counter()
     start_file = run / "checkpoint" / "init.safetensors"
@@ -361,4 +357,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    if len(sys.argv) > 1:
+        run_main(main)
+    else:
+        import demo
+
+        run_main(demo.main)

@@ -362,6 +362,36 @@ def test_sweep_takes_other_losses_and_another_place_for_the_inputs():
     same_factors(by_sweep(model, two_batches(), names, loss=drawn(), keep_on="cpu")[0], expected)
 
 
+def test_kept_inputs_and_gradients_go_where_they_are_told(monkeypatch):
+    """One move for what goes into each block, and one for each gradient handed down."""
+    model, moved, move = tiny_llama(num_hidden_layers=3), [], torch.Tensor.to
+
+    def watched(self, *args, **kwargs):
+        moved.extend([self.shape] if args == ("cpu",) else [])
+        return move(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    names = M.linear_names(model, SEVEN)
+    by_sweep(model, two_batches(), names)
+    assert not moved
+    by_sweep(model, two_batches(), names, keep_on="cpu")
+    assert len(moved) == 2 * 3 + 2 * 2 and {s[-1] for s in moved} == {32}
+
+
+def test_a_second_look_at_the_factors_changes_nothing():
+    model, data = llama64(), tiny_batch(ROWS)
+    names = M.linear_names(model, SEVEN)
+    with farss.kfac_hooks(model, names) as sums:
+        farss.collect(sums, model, [data])
+        first = {n: [f.clone() for f in pair] for n, pair in sums.factors().items()}
+        same_factors(sums.factors(), first)
+
+
+def test_a_name_beyond_the_last_block_is_an_error():
+    with pytest.raises(ValueError, match=r"layers\.7\..*has 4 blocks"):
+        list(farss.sweep(tiny_llama(), two_batches(), ["model.layers.7.mlp.up_proj"]))
+
+
 def test_sweep_runs_every_block_twice_forward_and_once_backward():
     model, counts = tiny_llama(num_hidden_layers=5), {}
     for i, block in enumerate(model.blocks):
@@ -380,7 +410,7 @@ def test_sweep_runs_every_block_twice_forward_and_once_backward():
 
 def living(size):
     """How many tensors of at least `size` numbers are alive, counted by their storage."""
-    gc.collect()
+    gc.collect()  # what was made before gc.freeze() is not looked at
     return len({t.untyped_storage().data_ptr() for t in gc.get_objects()
                 if issubclass(type(t), torch.Tensor) and t.numel() >= size})
 
@@ -392,10 +422,12 @@ def test_nothing_of_a_block_survives_its_turn():
     blocks, batches = 6, two_batches() * 3
     model = tiny_llama(num_hidden_layers=blocks, intermediate_size=33)
     size = 16 * 16  # k and v have the smallest factors
-    resting, seen = living(size), []
+    seen: list[int] = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, args: seen.append(living(size) - resting))
+        block.register_forward_pre_hook(lambda module, args: seen.append(living(size)))
+    gc.freeze()
     farss.measure(model, batches, M.linear_names(model, SEVEN), farss.Budget(1, 2, 1, 1, 2))
+    gc.unfreeze()
     turns = [seen[k : k + 6] for k in range(6 * blocks, 12 * blocks, 6)]
     for below, turn in zip(range(blocks - 1, -1, -1), turns, strict=True):
         gradients = 6 if below < blocks - 1 else 0

@@ -58,6 +58,11 @@ def test_shallow_blocks_are_the_papers(model, shallow):
     assert {g.count for g in plan.groups if g.depth == "deep"} == {plan.blocks - shallow}
 
 
+def test_lora_may_adapt_the_head():
+    plan = planned("--model", "llama2-7b", "--method", "lora", "--targets", "q_proj,lm_head")
+    assert {g.leaf: g.count for g in plan.groups} == {"q_proj": 32, "lm_head": 1}
+
+
 def test_steps():
     plan = planned("--model", "llama2-7b")
     assert (plan.steps, plan.warmup_steps) == (6250, 188)

@@ -10,6 +10,7 @@ from tiny import tiny_llama, write_checkpoint, write_data
 import baselines
 import checkpoint as C
 import data
+import model as M
 import plan as P
 import settings as S
 import train
@@ -61,8 +62,9 @@ def test_weights_that_are_trained_are_fp32():
 
 
 @pytest.mark.parametrize("method", baselines.METHODS)
-def test_every_row_of_methods_is_complete_and_starts_at_the_base_model(method):
-    """What a new row must keep: known words in its fields, and a start that changes no output."""
+def test_every_row_of_methods_is_complete_and_starts_at_the_base_model(method, tmp_path):
+    """What a new row must keep: known words in its fields, a start that changes no output, and a
+    file from which that start comes back to the bit."""
     row = baselines.METHODS[method]
     assert row.about and row.trains in ("adapters", "weights") and row.needs in train.STARTS
     assert (row.start is not None) == (row.trains == "adapters" and row.needs == "nothing")
@@ -72,8 +74,12 @@ def test_every_row_of_methods_is_complete_and_starts_at_the_base_model(method):
     before = model(ids).detach()
     initial, report = train.initialise(model, s, [data.Example([256, 5, 6, 7, 8], 2)] * 3)
     torch.testing.assert_close(model(ids).detach(), before, rtol=1e-4, atol=1e-4)
-    assert bool(initial) == row.splits
     if row.trains == "adapters":
+        assert set(initial) == {n for n, x in M.adapted_layers(model).items() if x.B.any()}
+        C.save_adapter(tmp_path / "a.safetensors", model, initial, "split")
+        again = tiny_llama()
+        C.load_adapter(again, tmp_path / "a.safetensors")
+        assert torch.equal(again(ids), model(ids))
         assert {x["r"] for x in report["layers"].values()} <= ({1, 2, 3, 4} if row.adaptive
                                                                else {4})
 
@@ -91,7 +97,7 @@ def test_a_new_method_is_one_row(tmp_path, monkeypatch, capsys):
     def all_adapters(model):
         return 0.5 * sum(p.pow(2).sum() for p in model.parameters() if p.requires_grad)
 
-    row = baselines.Method("the first rows of W", first_rows, splits=True, penalty=all_adapters)
+    row = baselines.Method("the first rows of W", first_rows, penalty=all_adapters)
     monkeypatch.setitem(baselines.METHODS, "rows", row)
     argv = ["--model", "tiny", "--data", "d/train.jsonl", "--method", "rows", "--rank", "4",
             "--steps", "3", "--batch-size", "4", "--lr", "1e-2", "--dropout", "0"]
@@ -108,6 +114,9 @@ def test_a_new_method_is_one_row(tmp_path, monkeypatch, capsys):
     model = C.load("tiny", device="cpu")
     W = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     torch.testing.assert_close(tensors["model.layers.0.mlp.up_proj.A0"], W[:4].detach())
+    assert settled("--method", "rows", "--lr", "1e-3").rank == 16  # where rates differ by method
+    with pytest.raises(C.UserError, match="no --lr is known for rows on microcosm; give one"):
+        settled("--method", "rows")
 
 
 # ------------------------------------------------------------------------------ the run's folder

@@ -1,7 +1,9 @@
 """sweep.py and demo.py: what is run, what is not run again, and what the results say."""
 
+import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,7 +84,7 @@ def test_a_sweep_runs_what_is_missing_and_ends_in_one_table(tmp_path, monkeypatc
     (["--jobs", "0"], "--jobs must be at least 1"),
     (["--methods", "pissa"], "invalid choice"),
     (["--model", "nowhere"], "no such folder"),
-    (["--model", "llama2-7b"], "llama2-7b has no grid"),
+    (["--model", "llama2-7b"], "no learning rates are known for farss"),
     (["--", "--rank", "0"], "--rank must be above 0"),
     (["--", "--nonsense"], "unrecognized arguments"),
 ])
@@ -100,8 +102,33 @@ def test_a_run_that_fails_ends_the_sweep_with_its_last_line(tmp_path, monkeypatc
     job = sweep.make_job(tmp_path, SHORT)
     job.run.mkdir()
     C.save_json(job.run / "run.json", {"settings": {}})
-    with pytest.raises(C.UserError, match=r"farss-lr.*: .*not written by this version"):
+    with pytest.raises(C.UserError, match=r"farss-lr.* ended with 2: .*not written by this"):
         list(sweep.run_all([job], 1))
+
+
+def test_a_stopped_sweep_stops_its_runs(tmp_path):
+    """SIGTERM to the sweep: the run under way saves its step, and no process is left."""
+    argv = ["--methods", "lora", "--lrs", "1e-3", "0.001", "--seeds", "0", "--out", "s", "--",
+            "--steps", "2000", "--batch-size", "4"]
+    process = subprocess.Popen([sys.executable, str(REPO / "sweep.py"), *argv], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = tmp_path / "s" / "lora-lr0.001-s0"
+    while not (run / "log.jsonl").exists() or len((run / "log.jsonl").read_text()) < 500:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
+    steps = len((run / "log.jsonl").read_text().splitlines())
+    assert (run / "checkpoint" / f"step-{steps:06d}.safetensors").exists()
+    time.sleep(0.5)
+    assert steps == len((run / "log.jsonl").read_text().splitlines())  # nobody goes on
+    assert [p.name for p in (tmp_path / "s").glob("*.log")] == ["lora-lr0.001-s0.log"]
+
+
+def test_results_of_other_runs_are_not_written_over(tmp_path):
+    (tmp_path / "results.csv").write_text("method,lr,seed\nlora,0.5,0\n")
+    with pytest.raises(C.UserError, match=r"results.csv holds lora at 0\.5"):
+        sweep.check_results(tmp_path, [sweep.make_job(tmp_path, SHORT)])
 
 
 # ------------------------------------------------------------------------------------- the demo
@@ -118,7 +145,14 @@ def test_the_demo_in_an_empty_folder(tmp_path, monkeypatch, capsys):
     before, after, caution = out[-3:]
     assert "knows 100 %" in before and "lora solves" in after and "farss solves" in after
     assert "one seed" in caution and "±" in caution
+    train.main([*SHORT, "--method", "farss", "--out", "alone"])
+    beside = next(Path("runs/demo").glob("farss-*/adapter.safetensors"))
+    # The same bits in another process, with another run beside it.
+    assert Path("alone/adapter.safetensors").read_bytes() == beside.read_bytes()
+    Path("runs/microcosm-base").mkdir()  # another opinion on the base, as of --limit 5
+    C.save_json("runs/microcosm-base/results.json", {"benchmarks": {}})
     monkeypatch.setattr(sweep, "start", None)  # what is there is not run again
+    capsys.readouterr()
     demo.main(SHORT)
     assert capsys.readouterr().out.splitlines()[1:] == out[1:]
 
@@ -126,10 +160,9 @@ def test_the_demo_in_an_empty_folder(tmp_path, monkeypatch, capsys):
 def test_train_without_arguments_is_the_demo(monkeypatch):
     calls = []
     monkeypatch.setattr(demo, "main", lambda: calls.append(1))
-    train.main([])
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    train.main()
-    assert calls == [1, 1]
+    runpy.run_path(str(REPO / "train.py"), run_name="__main__")
+    assert calls == [1]
 
 
 def test_the_script_works_from_a_folder_that_is_not_the_checkout(tmp_path):

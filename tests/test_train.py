@@ -1,4 +1,4 @@
-"""train.py: plan, initialisation, the step, exact resume, and bad input."""
+"""train.py: initialisation, the step, exact resume, and bad input."""
 
 import json
 import math
@@ -17,6 +17,7 @@ import data
 import eval as E
 import farss
 import model as M
+import plan
 import settings as S
 import train
 from baselines import METHODS
@@ -156,6 +157,40 @@ def test_a_run_leaves_what_it_says(here, capsys):
     assert report["shallow_rank_asked"] == 21
     assert report["shallow_rank_obtained"] == sum(ranks.values())
     assert "asked 21 in all" in capsys.readouterr().out
+
+
+def test_inputs_are_kept_where_there_is_room(here, monkeypatch):
+    """2,000 tokens of 4 blocks of width 32 in fp32 are 1 MB: twice that must be free."""
+    seen, measure = [], farss.measure
+    monkeypatch.setattr(farss, "measure", lambda *a, **k: seen.append(k["keep_on"])
+                        or measure(*a, **k))
+    for free in (1e10, 1e5):
+        monkeypatch.setattr(plan, "device_memory", lambda device, free=free: free)
+        train.main([*SMALL, "--out", f"{free:g}"])
+    assert seen == [None, "cpu"]
+
+
+def test_the_micro_batch_is_chosen_before_the_model_is_loaded(here, monkeypatch):
+    def not_yet(*_):
+        recorded.append(True)
+        raise C.UserError("loaded")
+
+    recorded, make = [], plan.make
+    monkeypatch.setattr(plan, "make", lambda *a: recorded.append(False) or make(*a))
+    monkeypatch.setattr(C, "load", not_yet)
+    with pytest.raises(C.UserError, match="loaded"):
+        train.main(SMALL)
+    assert recorded == [False, True]
+
+
+def test_a_run_killed_before_its_first_file_but_run_json_can_be_resumed(here):
+    train.main([*SMALL, "--out", "whole"])
+    s, recorded = S.read_run(here / "whole")
+    (here / "cut").mkdir()
+    S.write_run(here / "cut", s, {"data_sha256": recorded["data_sha256"]})
+    train.main(["--resume", "cut"])
+    one, two = ((here / d / "adapter.safetensors").read_bytes() for d in ("cut", "whole"))
+    assert one == two
 
 
 @pytest.mark.parametrize("method, more", [("farss", []), ("farss", ["--residual", "exact"]),
@@ -321,6 +356,8 @@ def test_resume_refuses_changed_data(here, monkeypatch):
     ([*SMALL, "--shallow", "5"], "--shallow 5: tiny has 4 blocks"),
     ([*SMALL, "--shallow", "-1"], "--shallow -1"),
     ([*SMALL, "--targets", "q_proj,wq"], "no linear layer is called wq"),
+    ([*SMALL, "--targets", "q_proj,lm_head"], "lm_head does not stand in a numbered block"),
+    ([*SMALL, "--threads", "0"], "--threads must be above 0"),
     ([*SMALL, "--rank", "0"], "--rank must be above 0"),
     ([*SMALL, "--lr", "nan"], "--lr must be above 0"),
     ([*SMALL, "--dropout", "1"], "--dropout must be in [0, 1)"),

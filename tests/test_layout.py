@@ -1,0 +1,65 @@
+"""The house: which file may import which, and that tables take the place of branches on names."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from baselines import METHODS
+from benchmarks import BENCHMARKS
+from data import TASKS
+from model import FAMILIES
+
+REPO = Path(__file__).resolve().parent.parent
+FILES = sorted(REPO.glob("*.py"))
+OURS = {file.stem for file in FILES}
+# What a file may import of this project; those above them import what they start.
+ALLOWED = {
+    "model": set(),
+    "farss": {"model"},  # two helpers: precision and train mode
+    "baselines": set(),
+    "checkpoint": {"model"},
+    "data": {"checkpoint", "model"},
+    "benchmarks": {"checkpoint", "data"},
+    "settings": {"baselines", "checkpoint", "data", "farss", "model"},
+    "plan": {"farss", "model", "settings"},
+}
+
+
+def imported(file):
+    """Top-level names of all modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_arrows_point_one_way(name):
+    assert imported(REPO / f"{name}.py") & OURS <= ALLOWED[name]
+
+
+def test_eval_never_imports_train_and_model_imports_torch_alone():
+    assert "train" not in imported(REPO / "eval.py")
+    assert imported(REPO / "model.py") == {"math", "collections", "contextlib", "dataclasses",
+                                           "typing", "torch"}
+
+
+def test_only_demo_and_sweep_stand_above_train():
+    assert {f.stem for f in FILES if "train" in imported(f)} == {"bench", "sweep"}
+    assert not any((REPO / "tests" / f"{name}.py").exists() and name in imported(file)
+                   for file in FILES for name in ("tiny", "conftest", "real_model"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_no_comparison_with_a_name_of_a_table(file):
+    """`== "lora"` or `in ("farss", "full")` is a branch that belongs into the row."""
+    names = {*METHODS, *FAMILIES, *BENCHMARKS, *TASKS}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Compare):
+            said = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)
+                    and isinstance(c.value, str)}
+            assert not said & names, f"{file.name}:{node.lineno} compares with {said & names}"
