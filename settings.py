@@ -138,6 +138,7 @@ PRESETS = {
              rank=16, r_avg=6.0, r_max=8,  # the paper's R : r_avg : r_max at a sixth of the width
              steps=200, max_length=64,  # one pass over the 3,200 rows; none has 64 tokens
              calibration=128,  # 2,800 response tokens; half of the paper's examples
+             dtype="float32",  # as it was pretrained, on any device
              threads=1,  # matrices this small take longer to share out than to multiply
              dropout=0.0,  # of an adapter that holds top directions it drops part of W itself
              lr=dict(full=8e-4, lora=4e-3, farss=2e-3)),  # best K and task of microcosm/results.csv
