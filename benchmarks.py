@@ -25,6 +25,9 @@ def number_after_marker(text: str) -> str | None:
     return after.strip() if marker else None
 
 
+LONGEST = 300  # characters of a number: no answer has more, and no float and no int() takes all
+
+
 def gsm8k_strict(answer: str | None, gold: str) -> bool:
     """The first number in the answer is exactly the gold number.
 
@@ -32,6 +35,8 @@ def gsm8k_strict(answer: str | None, gold: str) -> bool:
     """
     found = re.search(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+(?:\.\d+)?)?", answer or "")
     if not found:
+        return False
+    if len(found[0]) > LONGEST:
         return False
     over, _, under = found[0].replace(",", "").partition("/")
     denominator = Fraction(under.strip() or "1")
@@ -43,7 +48,7 @@ def gsm8k_official(answer: str | None, gold: str) -> bool:
     """The rule of the official code, which rounds to a whole number and takes answers that are
     100 times too large or too small, or off by 0.01 %, for right."""
     found = re.search(r"[\-+]?\d*[\.,/]?\d+", answer or "")
-    if not found:
+    if not found or len(found[0]) > LONGEST:
         return False
     text = found[0]
     if "/" in text:
@@ -134,7 +139,10 @@ def webqs_prompt(row: data.Row) -> str:
 
 
 def answers(row: data.Row) -> list[str]:
-    return row.get(data.ANSWER, list)
+    found = row.get(data.ANSWER, list)
+    if not all(isinstance(answer, str) for answer in found):
+        raise UserError(f"{row.where}: the answers {str(found)[:60]} are not all texts")
+    return found
 
 
 def word_problem_prompt(row: data.Row) -> str:

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -287,8 +288,14 @@ def rope_fields(raw: dict, value: dict, path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: str | Path) -> list[str]:
-    """Names of the safetensors files of a checkpoint folder, in the index's order."""
+    """Names of the safetensors files of a checkpoint folder, in the index's order.
+
+    One model.safetensors goes before an index, as in transformers, whose save_pretrained leaves
+    the index of an earlier save lying about.
+    """
     folder = Path(folder)
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -299,8 +306,6 @@ def weight_files(folder: str | Path) -> list[str]:
             if not inside or name in ("", ".", ".."):
                 raise UserError(f"{index}: shard {name!r} points outside the folder")
         return list(dict.fromkeys(weight_map.values()))
-    if (folder / "model.safetensors").exists():
-        return ["model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         raise UserError(f"{folder}: holds only pickled weights, which can run code when opened; "
                         "convert it with save_pretrained(safe_serialization=True)")
@@ -483,6 +488,20 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+def copy_companions(source: Path, target: Path) -> None:
+    """What stands beside the weights of a checkpoint: tokenizer, chat template, generation
+    config; and the pad id of its config.json."""
+    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+                    "merges.txt", "chat_template*", "generation_config.json"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+    pad = read_json(source / "config.json").get("pad_token_id")
+    if pad is not None:
+        save_json(target / "config.json", read_json(target / "config.json") | {
+            "pad_token_id": pad})
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary name to write to, which becomes `path` on success and vanishes on failure, so
@@ -551,10 +570,11 @@ class Tokenizer:
             raise UserError(f"{path}: not a readable tokenizer ({error})") from None
         self.hf.no_truncation()
         self.hf.no_padding()
-        top = max(self.hf.get_vocab().values(), default=-1)
-        if top >= config.vocab_size:
-            raise UserError(f"{path}: holds token id {top}, but the embedding has only "
-                            f"{config.vocab_size} rows; tokenizer and model do not match")
+        self.rows = config.vocab_size
+        # An added special token may lie above the embedding, as Llama 2's first <pad> did: plain
+        # text does not give it.
+        special = {i for i, t in self.hf.get_added_tokens_decoder().items() if t.special}
+        self.check_rows(path, set(self.hf.get_vocab().values()) - special)
         # What stands before the text, [bos] or []; some templates add EOS behind it, too.
         plain, whole = (self.hf.encode("a", add_special_tokens=special).ids
                         for special in (False, True))
@@ -571,9 +591,19 @@ class Tokenizer:
             raise UserError(f"{named}: names no eos_token, nor does config.json")
         self.eos_id = self.eos_ids[0] if eos_id is None else eos_id
         self.eos_ids = tuple(dict.fromkeys((self.eos_id, *self.eos_ids)))
+        self.check_rows(path, {self.eos_id, *self.prefix})
+
+    def check_rows(self, path: Path, ids: set[int]) -> None:
+        """UserError unless the embedding has a row for each of the ids."""
+        if max(ids, default=-1) >= self.rows:
+            raise UserError(f"{path}: holds token id {max(ids)}, but the embedding has only "
+                            f"{self.rows} rows; tokenizer and model do not match")
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         ids = self.hf.encode(text, add_special_tokens=False).ids
+        if max(ids, default=0) >= self.rows:
+            raise UserError(f"a text holds {self.hf.id_to_token(max(ids))!r}, for which the "
+                            f"embedding has no row: {text[:60]!r}")
         return self.prefix + ids if bos else ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,14 @@ class Row(NamedTuple):
             if name in self.fields:
                 value = self.fields[name]
                 if not isinstance(value, kind) or not value:
-                    raise UserError(f"{self.where}: field {name!r} is {str(value)[:40]!r}, "
+                    raise UserError(f"{self.where}: field {name!r} is {str(value)[:40]!a}, "
                                     "which cannot be used")
+                if isinstance(value, str) and not value.isascii():
+                    try:
+                        value.encode()
+                    except UnicodeEncodeError:  # half of a UTF-16 pair, which JSON lets through
+                        raise UserError(f"{self.where}: field {name!r} holds a broken character: "
+                                        f"{ascii(value)[:40]}") from None
                 return value
         raise UserError(f"{self.where}: no field {' / '.join(map(repr, names))}; there are "
                         + ", ".join(map(repr, list(self.fields)[:8])))
@@ -123,7 +130,9 @@ def read_file(path: Path) -> Iterator[Row]:
                 yield from (parse_line(line, f"{path}:{i}") for i, line in numbered)
                 return
             rows = json.load(file)
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):  # a line of the file, named already
+            raise
         raise UserError(f"{path}: not readable ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds a {type(rows).__name__}, not an array of rows")
@@ -136,7 +145,7 @@ def read_file(path: Path) -> Iterator[Row]:
 def parse_line(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a depth of 100,000
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a {type(row).__name__}, not an object")
@@ -150,10 +159,10 @@ def read_parquet(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: this dataset is published as parquet; run "
                         "`pip install pyarrow`") from None
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError, ImportError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not readable as parquet ({error})") from None
-    for i, row in enumerate(table.to_pylist(), 1):
+    for i, row in enumerate(rows, 1):
         yield Row(row, f"{path}: row {i}")
 
 
@@ -177,8 +186,34 @@ def metamath_answer(answer: str) -> str:
     return re.sub(r"<<.*?>>", "", answer).rstrip() + f"\nThe answer is: {found[1].strip()}"
 
 
+# Layouts of training rows: question, what belongs to it, response. The first whose question and
+# response a row has is used; `answer` beside `output` is the bare result of the worked solution.
+LAYOUTS = [
+    ("query", None, "response"),  # MetaMathQA, CodeFeedback
+    ("instruction", "input", "output"),  # Alpaca, Commonsense170K
+    ("instruction", "input", "response"),
+    ("question", None, "response"),
+    ("question", None, "answer"),  # GSM8K
+]
+
+
+def layout(row: Row) -> tuple[str, str | None, str]:
+    """The columns of a training row; UserError where none of the layouts fits."""
+    for question, context, response in LAYOUTS:
+        if question in row.fields and response in row.fields:
+            return question, context, response
+    raise UserError(f"{row.where}: no " + " or ".join(
+        f"{question!r} with {response!r}" for question, _, response in LAYOUTS) + "; there are "
+        + ", ".join(map(repr, list(row.fields)[:8])))
+
+
 def question_and_response(row: Row) -> tuple[str, str]:
-    return row.get(QUESTION), metamath_answer(row.get(ANSWER))
+    """What is asked, its context (Alpaca's `input`) in a line below, and the response."""
+    question, context, response = layout(row)
+    asked = row.get([question])
+    if context and row.fields.get(context):
+        asked += "\n" + row.get([context])
+    return asked, metamath_answer(row.get([response]))
 
 
 def tokenise(tokenizer: Tokenizer, question: str, response: str, max_length: int,
@@ -202,6 +237,7 @@ def draw(n: int, k: int, seed: int) -> list[int]:
 class TrainingSet:
     examples: list[Example]
     dropped: int  # rows with no response token left after truncation
+    cut: int  # rows that lost their end to it
     sha256: str  # of the chosen questions and answers, so that a resumed run can tell
 
 
@@ -211,7 +247,7 @@ def training_set(rows: list[Row], tokenizer: Tokenizer, examples: int, max_lengt
 
     Raises UserError if no row has a response token within max_length.
     """
-    digest, kept, dropped = hashlib.sha256(), [], 0
+    digest, kept, dropped, cut = hashlib.sha256(), [], 0, 0
     chosen = draw(len(rows), examples, seed)
     for i in tqdm(chosen, desc="tokenising", leave=False, disable=None, delay=2):
         question, response = question_and_response(rows[i])
@@ -221,10 +257,11 @@ def training_set(rows: list[Row], tokenizer: Tokenizer, examples: int, max_lengt
             dropped += 1
         else:
             kept.append(example)
+            cut += example.ids[-1] != tokenizer.eos_id
     if not kept:
         raise UserError(f"no row has a response token within {max_length} tokens; "
                         "raise --max-length")
-    return TrainingSet(kept, dropped, digest.hexdigest())
+    return TrainingSet(kept, dropped, cut, digest.hexdigest())
 
 
 # ---------------------------------------------------------------------------------------- batches

@@ -147,8 +147,11 @@ class Evaluator:
         return out
 
     @torch.inference_mode()
-    def answer_loss(self, rows: list[data.Row], task: str) -> float:
-        """Mean loss (nats per token) of the reference answers under the task's prompt."""
+    def answer_loss(self, rows: list[data.Row], task: str) -> float | None:
+        """Mean loss (nats per token) of the reference answers under the task's prompt.
+
+        None where no answer fits into 512 tokens, and where the loss is not finite.
+        """
         examples = [data.tokenise(self.tokenizer, *data.question_and_response(r), 512,
                                   data.TASKS[task].prompt) for r in rows]
         total, count = 0.0, 0
@@ -157,7 +160,7 @@ class Evaluator:
                           desc="answer loss", leave=False, disable=None):
             nll, n = self.model.loss(**data.collate(batch, self.model.lm_head.weight.device))
             total, count = total + nll.item(), count + n
-        return total / count
+        return total / count if count and math.isfinite(total) else None
 
 
 def complete(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
@@ -464,7 +467,7 @@ def main(argv: list[str] | None = None) -> None:
             "score": 100 * correct / len(records), "correct": correct, "n": len(records), **more,
             "seconds": round(time.perf_counter() - began, 1), **settings}
         print(f"{benchmark:8} {correct} of {len(records)} right"
-              + (f", answer loss {more['answer_loss']:.4f}" if "answer_loss" in more else "")
+              + (f", answer loss {more['answer_loss']:.4f}" if more.get("answer_loss") else "")
               + "".join(f", {part} {score:.1f} %" for part, score in parts.items())
               + f" ({results['benchmarks'][benchmark]['seconds']:.0f} s)")
     results["summary"] = summarise(results, None, None)  # references that do not fit cost no result
@@ -480,4 +483,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "try a smaller --batch-size")

@@ -8,11 +8,10 @@ Nothing here needs weights, data or the hub.
 """
 
 import math
-import os
-import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +23,7 @@ CALIBRATION_BATCH = 8  # sequences; a constant, so that no number depends on the
 # Linear layers that read the same tensor share one Σ_h: by layer, a name for what it reads.
 READS = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp",
              up_proj="mlp")
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 Shapes = dict[str, tuple[int, int]]  # layer: (m, n)
 
 
@@ -194,15 +194,24 @@ def device_memory(device: str | None) -> float:
         return 80e9
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 8e9  # macOS does not say
+    free = 8e9  # macOS does not say
+    if MEMINFO.exists():  # not MemFree: what only caches files counts as free
+        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        free = 1024.0 * int(lines["MemAvailable"].split()[0])
+    most, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if most.exists() and most.read_text().strip() != "max":  # a container's limit
+        free = min(free, float(most.read_text()) - float(used.read_text()))
+    return free
 
 
 def memory_used(device: str) -> float:
-    """Peak bytes so far: of the GPU's allocator, otherwise of the whole process."""
+    """Peak bytes so far: of the GPU's allocator, otherwise of the whole process (0 on Windows)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -5,6 +5,8 @@ last word. `python train.py --help` lists all of them.
 """
 
 import argparse
+import io
+import math
 import platform
 import subprocess
 import sys
@@ -23,6 +25,8 @@ from baselines import METHODS, Method
 from checkpoint import MICROCOSM, UserError
 from model import Config, empty, linear_names
 
+# A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
+MACHINE = ("device", "threads", "micro_batch", "checkpointing", "save_every")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -207,12 +211,13 @@ def training_arguments(description: str | None, argv: list[str] | None = None
     group.add_argument("--out", type=Path, help="folder of the run "
                        "(default runs/<model>-<task>-<method>-s<seed>)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="continue a stopped run with "
-                       "its own settings; takes no other option")
+                       "its own settings; of the others only " + ", ".join(MACHINE) + " may change")
     group.add_argument("--dry-run", action="store_true", help="print the plan and stop: "
                        "parameters, ranks, steps, memory; needs no weights")
     args = parser.parse_args(argv)
-    if args.resume and (given(args) or args.out or args.dry_run):
-        parser.error("--resume takes its settings from the run; give no other option")
+    if args.resume and (set(given(args)) - set(MACHINE) or args.out or args.dry_run):
+        parser.error("--resume takes its settings from the run; give no other option but "
+                     + ", ".join(MACHINE))
     return args
 
 
@@ -247,16 +252,25 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
     return s, config
 
 
+# What a setting must be; NaN is in no range.
+POSITIVE = (lambda v: 0 < v < math.inf, "above 0")
+ANYTHING = (lambda v: True, "")
+RANGES = {
+    "warmup": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "weight_decay": (lambda v: 0 <= v < math.inf, "0 or a number above it"),
+    "seed": (lambda v: 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
+    "shallow": ANYTHING, "r_min": ANYTHING, "r_avg": ANYTHING, "r_max": ANYTHING,  # see below
+}
+
+
 def check(s: Settings, config: Config) -> None:
     """Refuse values that no run can have; UserError names the flag."""
-    for name in ("rank", "alpha", "calibration", "lr", "batch_size", "examples", "epochs",
-                 "max_length", "clip", "save_every", "steps", "micro_batch", "threads"):
-        value = getattr(s, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    for name in ("warmup", "dropout"):
-        if not 0 <= getattr(s, name) < 1:
-            raise UserError(f"--{name} must be in [0, 1), not {getattr(s, name)}")
+    for f in fields(Settings):
+        value = getattr(s, f.name)
+        good, what = RANGES.get(f.name, POSITIVE if f.type in (int, float) else ANYTHING)
+        if value is not None and not good(value):
+            raise UserError(f"--{f.name.replace('_', '-')} must be {what}, not {value}")
     if not 0 <= s.shallow <= config.num_hidden_layers:
         raise UserError(f"--shallow {s.shallow}: {s.model} has {config.num_hidden_layers} blocks")
     try:
@@ -268,16 +282,21 @@ def check(s: Settings, config: Config) -> None:
         raise UserError(str(error)) from None
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main: bad input ends as one line and exit 2, a full disk or an
-    exhausted GPU as one line and exit 1, Ctrl-C as 130."""
+def run_main(main: Callable[[], None], with_less_memory: str = "") -> None:
+    """Call a script's main: bad input ends as one line and exit 2, a full disk or exhausted
+    memory (with what to try) as one line and exit 1, Ctrl-C as 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that has no Σ shows a ? instead
+            stream.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:
         fail(str(error))
-    except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({str(error).splitlines()[0]}); try --micro-batch 1 "
-             "--checkpointing or a smaller --max-length", code=1)
+    except RuntimeError as error:  # torch's OutOfMemoryError is one
+        line = str(error).splitlines()[0] if str(error) else ""
+        if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in line:
+            raise  # a bug, not a full memory
+        fail(f"out of memory ({line})" + (with_less_memory and f"; {with_less_memory}"), code=1)
     except OSError as error:
         fail(str(error), code=1)
     except KeyboardInterrupt:
@@ -331,9 +350,12 @@ def read_run(run: Path) -> tuple[Settings, dict[str, Any]]:
         raise UserError(f"{run}: " + ("has no run.json, so train.py did not write it"
                                       if run.is_dir() else "no such folder"))
     recorded = checkpoint.read_json(run / "run.json")
-    stored = recorded.get("settings")
-    if not isinstance(stored, dict) or set(stored) != {f.name for f in fields(Settings)}:
+    stored, names = recorded.get("settings"), {f.name for f in fields(Settings)}
+    if not isinstance(stored, dict) or not {"model", "method"} <= set(stored) <= names:
         raise UserError(f"{run / 'run.json'}: not written by this version of train.py")
+    missing = sorted(names - set(stored))
+    if missing:
+        print(f"{run / 'run.json'}: of an older version; default taken for {', '.join(missing)}")
     return Settings(**stored), recorded
 
 

@@ -36,9 +36,11 @@ from checkpoint import UserError
 from settings import (
     DTYPES,
     Settings,
+    check,
     check_new,
     fail,
     finished,
+    given,
     read_run,
     run_folder,
     run_main,
@@ -140,7 +142,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     transformers' get_linear_schedule_with_warmup, in which the first of the warm-up steps has
     learning rate 0.
     """
-    rising = math.ceil(warmup * steps)
+    rising = min(math.ceil(warmup * steps), steps - 1)  # or one step alone would train nothing
     return step / rising if step < rising else (steps - step) / max(1, steps - rising)
 
 
@@ -295,7 +297,9 @@ def main(argv: list[str] | None = None) -> None:
         s, recorded = read_run(run)
         if finished(run):
             raise UserError(f"{run} is finished; evaluate it with python eval.py {run}")
+        s = replace(s, **given(args))
         config = checkpoint.config_of(s.model)
+        check(s, config)
     else:
         s, config = settle(args)
         run, recorded = args.out or run_folder(s), None
@@ -312,15 +316,24 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = checkpoint.Tokenizer(folder, config)
     chosen = data.training_set(rows, tokenizer, s.examples, s.max_length, s.seed,
                                data.TASKS[s.task].prompt)
-    print(f"data: {len(chosen.examples):,} of {len(rows):,} rows of {s.data}"
+    columns = " + ".join(filter(None, data.layout(rows[0])))
+    print(f"data: {len(chosen.examples):,} of {len(rows):,} rows of {s.data} ({columns})"
           + (f"; {chosen.dropped} dropped, no response within {s.max_length} tokens"
-             if chosen.dropped else ""))
+             if chosen.dropped else "")
+          + (f"; {chosen.cut} cut after {s.max_length} tokens, so without their end"
+             if chosen.cut else ""))
+    if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
+        print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
+              "examples are longer")
+    if s.how.needs != "nothing" and len(chosen.examples) < s.calibration:
+        print(f"note: calibration on {len(chosen.examples)} examples, not {s.calibration}")
     if recorded and recorded["data_sha256"] != chosen.sha256:
         raise UserError(f"{s.data}: not the data that {run} was started with")
     model = checkpoint.load(folder, s.master_dtype, s.device)
     if recorded is None:  # run.json goes first: with it alone a run can be resumed
         run.mkdir(parents=True, exist_ok=True)
-        write_run(run, s, {"data_sha256": chosen.sha256, "dropped_rows": chosen.dropped})
+        write_run(run, s, {"data_sha256": chosen.sha256, "dropped_rows": chosen.dropped,
+                           "cut_rows": chosen.cut})
     (run / "checkpoint").mkdir(exist_ok=True)
 
     started = time.perf_counter()
@@ -347,9 +360,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     if s.how.trains == "weights":
         checkpoint.save(model.to(DTYPES[s.dtype]), run / "model")
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            if (folder / file).exists():
-                shutil.copy(folder / file, run / "model" / file)
+        checkpoint.copy_companions(folder, run / "model")
     else:
         checkpoint.save_adapter(run / "adapter.safetensors", model, initial, s.residual)
     shutil.rmtree(run / "checkpoint")
@@ -358,7 +369,8 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        run_main(main)
+        run_main(main, "go on with --resume RUN --micro-batch 1 --checkpointing, or take a "
+                       "smaller --max-length")
     else:
         import demo
 

@@ -34,6 +34,9 @@ GSM8K = [
     ("none", "5", False, False),
     ("", "5", False, False),
     (None, "5", False, False),
+    ("1" * 400, "5", False, False),  # neither float nor int() takes every length
+    ("1" * 400 + "/3", "5", False, False),
+    ("1" * 5000, "5", False, False),
 ]
 
 
@@ -109,7 +112,8 @@ def test_every_row_of_the_table_is_complete(name):
         said = gold if isinstance(gold, str) else gold[0]
         for judge in filter(None, (b.judge, b.official)):
             assert judge(said, gold) and not judge("nonsense", gold)
-    for broken in ({}, {"question": "q", "answer": None}, {"question": "q", "answer": "no gold"}):
+    for broken in ({}, {"question": "q", "answer": None}, {"question": "q", "answer": "no gold"},
+                   {"question": "q", "answer": [5]}):
         with pytest.raises(UserError, match="x:2"):
             b.gold(data.Row(broken, "x:2"))
 

@@ -23,7 +23,7 @@ from tiny import (
     tiny_llama,
     write_checkpoint,
 )
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -562,6 +562,8 @@ BROKEN_JSON = [b"", b"{", b"[1, 2]", b"null", b"3", b'"text"', b"\xff\xfe{}", b'
 @pytest.mark.parametrize("file", ["config.json", INDEX, "tokenizer_config.json"])
 def test_broken_json(folder, file, content):
     (folder / file).write_bytes(content)
+    if file == INDEX:  # which is read only where there is no single file
+        (folder / "model.safetensors").unlink()
 
     def call():
         load(folder)
@@ -645,6 +647,7 @@ def test_not_safetensors(folder, content):
 def test_index_points_outside(folder, shard):
     # A sound checkpoint lies where the index points: following it would work.
     shutil.copy(folder / "model.safetensors", folder.parent / "x.safetensors")
+    (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: shard}}))
     refused(lambda: load(folder), folder / INDEX, "points outside")
 
@@ -652,6 +655,7 @@ def test_index_points_outside(folder, shard):
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": None},
                                    {"weight_map": ["x"]}, {"weight_map": "x"}])
 def test_index_without_weight_map(folder, index):
+    (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(json.dumps(index))
     refused(lambda: load(folder), folder / INDEX, "weight_map")
 
@@ -716,3 +720,49 @@ def test_a_head_that_is_not_the_embedding_is_refused_where_config_ties_them(tmp_
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, tmp_path / "model.safetensors")
     refused(lambda: load(tmp_path), tmp_path / "model.safetensors", "is not the embedding")
+
+
+# ------------------------------------------------------- what transformers and older models leave
+
+
+def test_one_file_goes_before_a_stale_index(folder):
+    """save_pretrained removes old shards, but not their index; old shards may still be there."""
+    theirs = oracle(folder)
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="40KB")
+    old = {p.name: p.read_bytes() for p in folder.glob("model-0*")}
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(0.5)
+    theirs.save_pretrained(folder)
+    for shards in ({}, old):
+        for name, content in shards.items():
+            (folder / name).write_bytes(content)
+        equal(load(folder).lm_head.weight, theirs.lm_head.weight)
+        equal(oracle(folder).lm_head.weight, theirs.lm_head.weight)
+
+
+def test_a_special_token_above_the_embedding_is_refused_only_in_a_text(folder):
+    """As the first Llama 2's <pad>: plain text never gives it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<pad>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ours = C.Tokenizer(folder, C.read_config(folder))
+    assert ours.prefix == [256] and ours.encode("pad")[0] == 256
+    refused(lambda: ours.encode("a <pad>"), "'<pad>'", "no row")
+    tokenizer.add_tokens(["plain"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    refused(lambda: C.Tokenizer(folder, C.read_config(folder)), folder, "token id 259")
+
+
+def test_companions_of_a_checkpoint_are_copied(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("x")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [257, 10]}')
+    edit_json(folder / "config.json", pad_token_id=3)
+    model = load(folder)
+    C.save(model, tmp_path / "new")
+    C.copy_companions(folder, tmp_path / "new")
+    names = {p.name for p in (tmp_path / "new").iterdir()}
+    assert names == {p.name for p in folder.iterdir()}
+    assert C.read_json(tmp_path / "new" / "config.json")["pad_token_id"] == 3
+    assert C.read_config(tmp_path / "new") == C.read_config(folder)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,6 +63,46 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, name, content, says):
     assert says in str(error.value) and name in str(error.value)
 
 
+@pytest.mark.parametrize("line", [
+    '{"question": "x?", "answer": "1", "id": ' + "9" * 5000 + "}",
+    '{"question": "x?", "answer": "1", "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_numbers_and_depths_that_python_refuses_are_one_line(tmp_path, name, line):
+    (tmp_path / name).write_text(f"[{line}]" if name == "a.json" else line)
+    with pytest.raises(C.UserError, match=rf"{name}.*: not (valid JSON|readable)"):
+        data.read_rows(str(tmp_path / name))
+
+
+def test_a_damaged_gzip_stream_is_one_line(tmp_path):
+    draw = random.Random(0)
+    rows = [{"question": str(draw.random()), "answer": str(draw.random())} for _ in range(900)]
+    path = tmp_path / "a.jsonl.gz"
+    write(path, rows)
+    content = bytearray(path.read_bytes())
+    content[5000:5040] = bytes(b ^ 0xA5 for b in content[5000:5040])
+    path.write_bytes(content)
+    with pytest.raises(C.UserError, match=r"a\.jsonl\.gz"):
+        data.read_rows(str(path))
+
+
+@pytest.mark.parametrize("column", [pa.timestamp("ns"), pa.duration("ns")])
+def test_exotic_parquet_columns_are_read_or_refused_in_one_line(tmp_path, column):
+    values = pa.array([1700000000123456789], pa.int64()).cast(column)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.table({"question": ["a?"], "answer": ["x"], "t": values}), path)
+    try:
+        assert data.question_and_response(data.read_rows(str(path))[0]) == ("a?", "x")
+    except C.UserError as error:
+        assert "a.parquet" in str(error)
+
+
+def test_half_a_character_is_refused_and_named(tokenizer):
+    row = data.Row({"question": "q \ud800", "answer": "a"}, "a.jsonl:7")
+    with pytest.raises(C.UserError, match=r"a.jsonl:7: field 'question' holds a broken character"):
+        data.training_set([row], tokenizer, 1, 512, 0)
+
+
 def test_a_truncated_gzip_is_refused(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     write(path, ROWS)
@@ -76,7 +117,7 @@ def test_missing_file_and_unknown_name():
 
 
 @pytest.mark.parametrize("fields, says", [
-    ({"question": "q"}, "a.jsonl:7: no field 'response' / 'answer'"),
+    ({"question": "q"}, "a.jsonl:7: no 'query' with 'response' or"),
     ({"question": "q", "answer": 3}, "'answer' is '3'"),
     ({"question": "", "answer": "a"}, "'question' is ''"),
 ])
@@ -91,6 +132,20 @@ def test_metamath_and_gsm8k_columns():
     gsm = "Half is <<48/2=24>>24.\nAll 48+24 = <<48+24=72>>72.\n#### 72"
     assert data.metamath_answer(gsm) == "Half is 24.\nAll 48+24 = 72.\n#### 72\nThe answer is: 72"
     assert data.metamath_answer("so it is 3\nThe answer is: 3") == "so it is 3\nThe answer is: 3"
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ({"instruction": "How many?", "input": "", "output": "3+4=7. The answer is: 7",
+      "answer": "7.0"}, ("How many?", "3+4=7. The answer is: 7")),
+    ({"instruction": "Translate.", "input": "Good morning", "output": "Bonjour"},
+     ("Translate.\nGood morning", "Bonjour")),
+    ({"instruction": "I", "output": "O"}, ("I", "O")),
+    ({"question": "Q", "answer": "A", "source": "x"}, ("Q", "A")),
+    ({"question": "Q", "response": "R", "answer": "bare"}, ("Q", "R")),
+    ({"query": "Q", "response": "R", "original_question": "O"}, ("Q", "R")),
+])
+def test_known_layouts_are_used_rightly(fields, expected):
+    assert data.question_and_response(data.Row(fields, "x")) == expected
 
 
 def test_the_official_prompt_byte_for_byte():
@@ -120,7 +175,8 @@ def test_truncation_keeps_what_fits_and_drops_rows_without_response(tokenizer):
     rows = [data.Row({"question": "q" * (1 + 50 * (i % 3 == 0)), "answer": "abc"}, f"{i}")
             for i in range(9)]
     chosen = data.training_set(rows, tokenizer, 100, length + 2, seed=0)
-    assert len(chosen.examples) == 6 and chosen.dropped == 3
+    assert len(chosen.examples) == 6 and chosen.dropped == 3 and chosen.cut == 6
+    assert data.training_set(rows, tokenizer, 100, 512, seed=0).cut == 0
     with pytest.raises(C.UserError, match="no row has a response token within 5 tokens"):
         data.training_set(rows, tokenizer, 100, 5, seed=0)
 

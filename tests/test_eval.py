@@ -140,6 +140,15 @@ def test_answer_loss_is_transformers_loss(evaluator, tmp_path):
     assert evaluator.answer_loss(asked, "math") == pytest.approx(total / count, rel=1e-5)
 
 
+def test_answer_loss_is_none_where_there_is_none(evaluator):
+    long = rows({"question": "q " * 600, "answer": "a\n#### 3"})
+    assert evaluator.answer_loss(long, "math") is None
+    short = rows({"question": "q", "answer": "a\n#### 3"})
+    assert evaluator.answer_loss(short + long, "math") == evaluator.answer_loss(short, "math")
+    evaluator.model.model.norm.weight.data[0] = float("nan")
+    assert evaluator.answer_loss(short, "math") is None
+
+
 # ------------------------------------------------------------------------- references and tables
 
 

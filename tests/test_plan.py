@@ -114,6 +114,19 @@ def test_factors_of_a_block_are_counted_once_where_they_are_shared():
         assert parts["factors of a block"] == sum(held.values())
 
 
+def test_free_memory_counts_caches_and_a_containers_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(P, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(P, "CGROUP", tmp_path)
+    assert P.device_memory("cpu") == 8e9  # a system that does not say
+    P.MEMINFO.write_text("MemTotal: 100 kB\nMemFree:  1 kB\nMemAvailable:   60 kB\n")
+    assert P.device_memory("cpu") == 60 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    assert P.device_memory("cpu") == 60 * 1024
+    (tmp_path / "memory.max").write_text("50000\n")
+    (tmp_path / "memory.current").write_text("10000\n")
+    assert P.device_memory("cpu") == 40000
+
+
 def test_free_memory_of_the_cpu_is_positive_and_used_memory_grows():
     assert P.device_memory("cpu") > 0 and P.device_memory(None) == 80e9
     before = P.memory_used("cpu")

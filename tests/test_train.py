@@ -40,7 +40,7 @@ def here(tmp_path, monkeypatch):
 
 def test_schedule_is_transformers_linear_schedule():
     transformers = pytest.importorskip("transformers")
-    for steps, warmup in ((10, 0.0), (25, 0.03), (100, 0.1), (1, 0.5)):
+    for steps, warmup in ((10, 0.0), (25, 0.03), (100, 0.1)):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         theirs = transformers.get_linear_schedule_with_warmup(
             optimizer, math.ceil(warmup * steps), steps)
@@ -48,6 +48,13 @@ def test_schedule_is_transformers_linear_schedule():
             assert train.schedule(step, steps, warmup) == pytest.approx(theirs.get_last_lr()[0])
             optimizer.step()
             theirs.step()
+
+
+def test_a_single_step_trains(here):
+    train.main([*SMALL[:-2], "--steps", "1"])
+    tensors, _ = C.load_tensors("runs/tiny-math-farss-s0/adapter.safetensors")
+    name = "model.layers.3.mlp.up_proj"
+    assert (tensors[f"{name}.A"] != tensors[f"{name}.A0"]).any()
 
 
 def examples(n=6):
@@ -259,6 +266,57 @@ def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, met
     assert not (here / "cut/checkpoint").exists()
 
 
+def test_a_resumed_run_may_change_what_the_machine_can_do(here, monkeypatch):
+    """An out-of-memory run goes on with a smaller micro-batch; anything else is refused."""
+    argv = [*SMALL, "--dropout", "0"]
+    train.main([*argv, "--out", "whole"])
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train.main([*argv, "--out", "cut"])
+    train.main(["--resume", "cut", "--micro-batch", "1", "--checkpointing"])
+    one, two = (C.load_tensors(here / d / "adapter.safetensors")[0] for d in ("cut", "whole"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_of_an_older_version_has_the_default_of_a_newer_setting(here, capsys):
+    train.main(SMALL)
+    run = here / "runs/tiny-math-farss-s0"
+    recorded = C.read_json(run / "run.json")
+    del recorded["settings"]["residual"]
+    C.save_json(run / "run.json", recorded)
+    assert S.read_run(run)[0].residual == "split"
+    assert "default taken for residual" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_said(here, capsys):
+    """Rows cut at --max-length, rows longer than the model's context, too few for calibration."""
+    write_checkpoint("short", max_position_embeddings=150)
+    rows = [{"question": "q?", "answer": "step. " * k + "\n#### 3"} for k in (1, 90, 90)]
+    Path("long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    argv = ["--model", "short", "--data", "long.jsonl", "--max-length", "300", *SMALL[4:]]
+    train.main(argv)
+    out = capsys.readouterr().out
+    assert "(question + answer); 2 cut after 300 tokens, so without their end" in out
+    assert "short was made for 150 tokens" in out and "calibration on 3 examples, not 8" in out
+    assert S.read_run(Path("runs/short-math-farss-s0"))[1]["cut_rows"] == 2
+
+
+def test_full_memory_is_one_line_with_what_to_try(here, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: can't "
+                           "allocate memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(SystemExit) as stop:
+        S.run_main(lambda: train.main(SMALL), "try less")
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1 and err.endswith("; try less\n")
+    with pytest.raises(RuntimeError, match="invalid for input of size"):  # a bug stays one
+        S.run_main(lambda: torch.ones(2, 3).view(7))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, monkeypatch, capsys, number):
     train.main([*SMALL, "--out", "whole"])
@@ -349,7 +407,7 @@ def test_resume_refuses_changed_data(here, monkeypatch):
     (["--model", "tiny", "--data", "none.jsonl"], "none.jsonl: no such file"),
     (["--model", "tiny", "--data", "empty.jsonl"], "holds no rows"),
     (["--model", "tiny", "--data", "broken.jsonl"], "broken.jsonl:2: not valid JSON"),
-    (["--model", "tiny", "--data", "columns.jsonl"], "no field"),
+    (["--model", "tiny", "--data", "columns.jsonl"], "columns.jsonl:1: no 'query' with"),
     (["--model", "tiny", "--data", "d/train.jsonl", "--max-length", "20"], "raise --max-length"),
     ([*SMALL, "--r-avg", "70"], "r_avg 70"),
     ([*SMALL, "--r-min", "0"], "r_min 0"),
@@ -358,6 +416,10 @@ def test_resume_refuses_changed_data(here, monkeypatch):
     ([*SMALL, "--targets", "q_proj,wq"], "no linear layer is called wq"),
     ([*SMALL, "--targets", "q_proj,lm_head"], "lm_head does not stand in a numbered block"),
     ([*SMALL, "--threads", "0"], "--threads must be above 0"),
+    ([*SMALL, "--weight-decay", "-1"], "--weight-decay must be 0 or a number above it"),
+    ([*SMALL, "--weight-decay", "nan"], "--weight-decay must be 0 or a number above it"),
+    ([*SMALL, "--clip", "inf"], "--clip must be above 0"),
+    ([*SMALL, "--seed", "-1"], "--seed must be a whole number from 0"),
     ([*SMALL, "--rank", "0"], "--rank must be above 0"),
     ([*SMALL, "--lr", "nan"], "--lr must be above 0"),
     ([*SMALL, "--dropout", "1"], "--dropout must be in [0, 1)"),
@@ -388,6 +450,16 @@ def test_the_script_itself_exits_with_2_and_no_traceback(here):
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("train.py: error: --model nowhere")
     assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_console_without_greek_letters_and_a_python_without_resource(here):
+    """cp1252 as on an old Windows console, where there is no module resource either."""
+    code = ("import sys; sys.modules['resource'] = None; sys.path.insert(0, sys.argv.pop(1)); "
+            "import settings, train; settings.run_main(train.main)")
+    done = subprocess.run([sys.executable, "-c", code, str(REPO), *SMALL], capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    assert b"of Tr ?_h" in done.stdout and (here / "runs/tiny-math-farss-s0").exists()
 
 
 def test_help_names_equations_sources_and_defaults(capsys):
