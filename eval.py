@@ -11,6 +11,7 @@ The benchmarks (rows of benchmarks.py), by the group that they measure:
 """
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -25,12 +26,14 @@ from tqdm import tqdm
 import checkpoint
 import data
 import model as M
+from baselines import METHODS
 from benchmarks import BENCHMARKS, Benchmark, of_task
 from checkpoint import UserError
 from settings import (
     DTYPES,
     Parser,
     Settings,
+    base_of,
     default_task,
     finished,
     is_run,
@@ -233,20 +236,34 @@ class Target:
         return self.run or Path("runs") / f"{model_name(self.about['model'])}-base"
 
 
-def find_target(target: str) -> Target:
-    """A run folder, or a model by folder, short name or hub id; nothing is loaded yet."""
+def find_target(target: str, base: str | None = None) -> Target:
+    """A run folder, or a model by folder, short name or hub id; nothing is loaded yet.
+
+    `about` says what results may be compared: `base_fingerprint` of the model before any
+    training, `weights` of what is evaluated.
+    """
     run = Path(target)
     if not is_run(run):
-        about: dict[str, Any] = {"model": target, "method": "base", "task": None, "seed": None}
-        return Target(checkpoint.fetch(target), None, None, about)
+        folder = checkpoint.fetch(target)
+        found = checkpoint.fingerprint(folder)
+        about: dict[str, Any] = {"model": target, "method": "base", "task": None, "seed": None,
+                                 "base_fingerprint": found, "weights": found}
+        return Target(folder, None, None, about)
     s, recorded = read_run(run)
     if not finished(run):
         raise UserError(f"{run} is not finished; go on with: python train.py --resume {run}")
     about = {k: getattr(s, k) for k in ("model", "method", "task", "seed")}
     about |= {"settings": asdict(s), "trained_with": {k: v for k, v in recorded.items()
                                                       if k != "settings"}}
-    tuned = s.how.trains == "weights"
-    return Target(run / "model" if tuned else checkpoint.fetch(s.model), run, s, about)
+    about["base_fingerprint"] = recorded.get("base_fingerprint")
+    if s.how.trains == "weights":
+        folder = run / "model"
+        about["weights"] = checkpoint.fingerprint(folder)
+    else:
+        folder = base_of(run, s, recorded, base)
+        adapter = (run / "adapter.safetensors").read_bytes()
+        about["weights"] = hashlib.sha256(adapter).hexdigest()[:16]
+    return Target(folder, run, s, about)
 
 
 def load_target(target: Target, dtype: str | None, device: str | None) -> M.Llama:
@@ -284,6 +301,23 @@ def task_of(about: dict) -> str:
     return about["task"] or default_task(about["model"])
 
 
+def hash_of(asked: list[Question]) -> str:
+    """Tells one set of questions from another."""
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def kept_benchmarks(out: Path, results: dict, again: list[str]) -> dict[str, dict]:
+    """What an earlier evaluation of the same weights found on other benchmarks."""
+    path = out / "results.json"
+    if not path.exists():
+        return {}
+    old = read_results(path)
+    if any(old.get(key) != results[key] for key in ("weights", "dtype", "method")):
+        print(f"{path}: was of other weights or another dtype, and is replaced")
+        return {}
+    return {b: r for b, r in old["benchmarks"].items() if b in BENCHMARKS and b not in again}
+
+
 def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
     """The paper's scores of a model before and after full fine-tuning; UserError without any."""
     row = PAPER_SCORES.get((about["model"], task_of(about)))
@@ -302,16 +336,34 @@ def reference(results: dict, source: str | Path, which: int, benchmarks: tuple[s
         if any(results["benchmarks"][b]["limit"] for b in benchmarks):
             print("note: the paper's scores are of all questions, these of the first few")
         return {b: row[which][b] for b in benchmarks}
-    other = read_results(source)["benchmarks"]
+    whole = read_results(source)
+    check_comparable(results, whole, source, benchmarks)
+    method = whole.get("method")
+    if which and (method not in METHODS or METHODS[method].trains != "weights"):
+        raise UserError(f"{source}: T divides by full fine-tuning, and this is {method}")
+    return {b: whole["benchmarks"][b]["score"] for b in benchmarks}
+
+
+def check_comparable(mine: dict, other: dict, source: str | Path, benchmarks: tuple[str, ...]
+                     ) -> None:
+    """UserError saying what differs, unless both are of one base model, the same questions and
+    the same way to ask them. What a file does not record is not compared."""
+    def refuse(what: str, key: str, here: dict, there: dict) -> None:
+        if None not in (here.get(key), there.get(key)) and here[key] != there[key]:
+            raise UserError(f"{source}: {what} has {key} {there[key]}, this one {here[key]}; the "
+                            "two cannot be compared")
+
+    refuse("its base model", "base_fingerprint", mine, other)
+    refuse("it", "dtype", mine, other)
     for b in benchmarks:
-        mine = results["benchmarks"][b]
-        if b not in other:
+        if b not in other["benchmarks"]:
             raise UserError(f"{source}: has no {b}")
-        for key in ("n", "scoring", "bos", "max_new_tokens"):
-            if other[b].get(key) != mine.get(key):
-                raise UserError(f"{source}: its {b} has {key} {other[b].get(key)}, this one "
-                                  f"{mine.get(key)}; the two cannot be compared")
-    return {b: other[b]["score"] for b in benchmarks}
+        here, there = mine["benchmarks"][b], other["benchmarks"][b]
+        for key in ("n", "questions", "scoring", "bos"):
+            refuse(f"its {b}", key, here, there)
+        if here.get("max_new_tokens") != there.get("max_new_tokens"):
+            raise UserError(f"{source}: its {b} has max_new_tokens {there.get('max_new_tokens')}, "
+                            f"this one {here.get('max_new_tokens')}; the two cannot be compared")
 
 
 def summarise(results: dict, base: str | Path | None, full: str | Path | None
@@ -393,6 +445,8 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         "settings.PRESETS)")
     parser.add_argument("--full-results", metavar="paper|FILE|RUN", help="scores of full fine-"
                         "tuning, for T (default: those of settings.PRESETS)")
+    parser.add_argument("--base", metavar="FOLDER", help="where a run's base model is now, if not "
+                        "where it was")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the run's; for a "
                         "model float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
@@ -422,7 +476,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         print("\n".join(table([read_results(run) for run in args.table])))
         return
-    target = find_target(args.target)
+    target = find_target(args.target, args.base)
     about = target.about
     # A run is compared with its base model's results where they are.
     base, full = args.base_results, args.full_results
@@ -448,6 +502,7 @@ def main(argv: list[str] | None = None) -> None:
                           args.scoring)
     results = about | {"benchmarks": {}, "dtype": str(model.lm_head.weight.dtype),
                        "batch_size": args.batch_size} | provenance()
+    results["benchmarks"] = kept_benchmarks(out, results, list(rows))
     for benchmark in rows:
         began, row = time.perf_counter(), BENCHMARKS[benchmark]
         more: dict[str, Any] = {}
@@ -462,7 +517,8 @@ def main(argv: list[str] | None = None) -> None:
         parts = part_scores(asked[benchmark], records)
         more |= {"parts": parts} if parts else {}
         settings = {"bos": args.bos, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
-                    "scoring": args.scoring if row.official else None}
+                    "scoring": args.scoring if row.official else None,
+                    "questions": hash_of(asked[benchmark])}
         results["benchmarks"][benchmark] = {
             "score": 100 * correct / len(records), "correct": correct, "n": len(records), **more,
             "seconds": round(time.perf_counter() - began, 1), **settings}
@@ -470,8 +526,9 @@ def main(argv: list[str] | None = None) -> None:
               + (f", answer loss {more['answer_loss']:.4f}" if more.get("answer_loss") else "")
               + "".join(f", {part} {score:.1f} %" for part, score in parts.items())
               + f" ({results['benchmarks'][benchmark]['seconds']:.0f} s)")
-    results["summary"] = summarise(results, None, None)  # references that do not fit cost no result
-    checkpoint.save_json(out / "results.json", results)
+        # After each, and without references: neither Ctrl-C nor one that does not fit costs it.
+        results["summary"] = summarise(results, None, None)
+        checkpoint.save_json(out / "results.json", results)
     try:
         results["summary"] = summarise(results, base, full)
         checkpoint.save_json(out / "results.json", results)
@@ -479,6 +536,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.base_results or args.full_results:
             raise
         print(f"no K and T: {error}")
+    for name, group in (("K", data.TASKS[task_of(about)].knowledge),
+                        ("T", data.TASKS[task_of(about)].group)):
+        if name in results["summary"]:
+            print(f"{name} is over " + ", ".join(
+                b for b in results["benchmarks"] if BENCHMARKS[b].group == group))
     print("\n".join(table([results])))
 
 

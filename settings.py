@@ -212,12 +212,16 @@ def training_arguments(description: str | None, argv: list[str] | None = None
                        "(default runs/<model>-<task>-<method>-s<seed>)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="continue a stopped run with "
                        "its own settings; of the others only " + ", ".join(MACHINE) + " may change")
+    group.add_argument("--base", metavar="FOLDER", help="with --resume: where the base model is "
+                       "now, if not where it was")
     group.add_argument("--dry-run", action="store_true", help="print the plan and stop: "
                        "parameters, ranks, steps, memory; needs no weights")
     args = parser.parse_args(argv)
     if args.resume and (set(given(args)) - set(MACHINE) or args.out or args.dry_run):
         parser.error("--resume takes its settings from the run; give no other option but "
                      + ", ".join(MACHINE))
+    if args.base and not args.resume:
+        parser.error("--base goes with --resume; a new run has --model")
     return args
 
 
@@ -357,6 +361,23 @@ def read_run(run: Path) -> tuple[Settings, dict[str, Any]]:
     if missing:
         print(f"{run / 'run.json'}: of an older version; default taken for {', '.join(missing)}")
     return Settings(**stored), recorded
+
+
+def base_of(run: Path, s: Settings, recorded: dict[str, Any], named: str | None = None) -> Path:
+    """The folder of the base model of a run: where it was, or where `--base` says it is now.
+
+    UserError if it is gone, or holds other weights than the run was started with.
+    """
+    was = recorded.get("base")  # None: of the hub, or shipped with this repository
+    if was and not named and not Path(was).is_dir():
+        raise UserError(f"{was}: the base model of {run} is no longer there; say with --base where "
+                        "it is")
+    folder = checkpoint.fetch(named or was or s.model)
+    found = checkpoint.fingerprint(folder)
+    if recorded.get("base_fingerprint", found) != found:
+        raise UserError(f"{folder}: holds other weights ({found}) than {run} was started with "
+                        f"({recorded['base_fingerprint']}); say with --base where those are")
+    return folder
 
 
 def check_new(run: Path) -> None:

@@ -213,7 +213,7 @@ def full_results(jobs: list[Job], lr: float) -> dict:
         for of_one_run in ("correct", "seconds", "answer_loss"):
             b.pop(of_one_run, None)
     return {key: first[key] for key in ("model", "method", "task", "trainable", "dtype",
-                                        "settings")} | {
+                                        "base_fingerprint", "settings")} | {
         "seeds": [r["seed"] for r in runs], "benchmarks": benchmarks} | provenance()
 
 

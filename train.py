@@ -36,6 +36,7 @@ from checkpoint import UserError
 from settings import (
     DTYPES,
     Settings,
+    base_of,
     check,
     check_new,
     fail,
@@ -298,7 +299,8 @@ def main(argv: list[str] | None = None) -> None:
         if finished(run):
             raise UserError(f"{run} is finished; evaluate it with python eval.py {run}")
         s = replace(s, **given(args))
-        config = checkpoint.config_of(s.model)
+        folder = base_of(run, s, recorded, args.base)
+        config = checkpoint.read_config(folder)
         check(s, config)
     else:
         s, config = settle(args)
@@ -309,10 +311,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         check_new(run)
         s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
+        folder = checkpoint.fetch(s.model)
 
-    use_threads(s.threads)
     rows = data.read_rows(s.data)
-    folder = checkpoint.fetch(s.model)
+    use_threads(s.threads)
     tokenizer = checkpoint.Tokenizer(folder, config)
     chosen = data.training_set(rows, tokenizer, s.examples, s.max_length, s.seed,
                                data.TASKS[s.task].prompt)
@@ -332,8 +334,10 @@ def main(argv: list[str] | None = None) -> None:
     model = checkpoint.load(folder, s.master_dtype, s.device)
     if recorded is None:  # run.json goes first: with it alone a run can be resumed
         run.mkdir(parents=True, exist_ok=True)
-        write_run(run, s, {"data_sha256": chosen.sha256, "dropped_rows": chosen.dropped,
-                           "cut_rows": chosen.cut})
+        write_run(run, s, {
+            "data_sha256": chosen.sha256, "dropped_rows": chosen.dropped, "cut_rows": chosen.cut,
+            "base": str(folder.resolve()) if checkpoint.is_folder(s.model) else None,
+            "base_fingerprint": checkpoint.fingerprint(folder)})
     (run / "checkpoint").mkdir(exist_ok=True)
 
     started = time.perf_counter()

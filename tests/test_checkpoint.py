@@ -766,3 +766,23 @@ def test_companions_of_a_checkpoint_are_copied(folder, tmp_path):
     assert names == {p.name for p in folder.iterdir()}
     assert C.read_json(tmp_path / "new" / "config.json")["pad_token_id"] == 3
     assert C.read_config(tmp_path / "new") == C.read_config(folder)
+
+
+def test_a_fingerprint_is_of_names_and_values_not_of_files(folder, tmp_path):
+    first = C.fingerprint(folder)
+    oracle(folder).save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert C.fingerprint(tmp_path / "sharded") == first
+    write_checkpoint(tmp_path / "other", seed=1, num_hidden_layers=2)
+    assert C.fingerprint(tmp_path / "other") != first
+    for name, place in ((NORM, 0), ("model.layers.1.mlp.up_proj.weight", (-1, -1))):
+        edit_weights(folder, lambda t, n=name, p=place: t[n].__setitem__(p, 7.0))
+        changed = C.fingerprint(folder)
+        assert changed != first
+        first = changed
+    large = {"model.embed_tokens.weight": torch.zeros(70_000, 2)}
+    for row in (0, 35_000, 69_999):
+        large["model.embed_tokens.weight"][row] = 1.0
+        save_file(large, folder / "model.safetensors")
+        assert C.fingerprint(folder) != first
+        first = C.fingerprint(folder)

@@ -271,3 +271,82 @@ def test_mean_ratio_is_nan_not_an_error_for_a_zero_reference():
     assert math.isnan(E.knowledge_score({"a": 1.0}, {"a": 0.0}))
     assert math.isnan(E.harmonic_mean(math.nan, 1.0))
     assert E.harmonic_mean(0.0, 0.0) == 0.0
+
+
+# --------------------------------------------------------- what may be compared, and what is kept
+
+NQ = ["--benchmarks", "nq_open", "--data", "nq_open=d/nq.jsonl", "--max-new-tokens", "4"]
+
+
+def test_a_base_of_the_same_name_but_other_weights_is_refused(tmp_path, monkeypatch, capsys):
+    """A/model and B/model share runs/model-base: K against the wrong one is never printed."""
+    monkeypatch.chdir(tmp_path)
+    write_data("d")
+    for name, seed in (("A", 0), ("B", 7)):
+        write_checkpoint(tmp_path / name / "model", seed=seed)
+    train.main(["--model", "A/model", "--data", "d/train.jsonl", "--method", "lora", "--rank", "2",
+                "--steps", "1", "--batch-size", "4"])
+    for base, says in (("A", "undefined"), ("B", "no K and T: runs/model-base/results.json: its "
+                                            "base model has base_fingerprint")):
+        E.main([f"{base}/model", *NQ])
+        capsys.readouterr()
+        E.main(["runs/model-math-lora-s0", *NQ])
+        assert says in capsys.readouterr().out
+    with pytest.raises(C.UserError, match="two cannot be compared"):
+        E.main(["runs/model-math-lora-s0", *NQ, "--base-results", "runs/model-base"])
+
+
+def test_t_divides_by_full_fine_tuning_only(world):
+    run = ["runs/tiny-math-farss-s0", *FILES, "--max-new-tokens", "4"]
+    E.main(run)
+    with pytest.raises(C.UserError, match="T divides by full fine-tuning, and this is farss"):
+        E.main([*run, "--full-results", "runs/tiny-math-farss-s0"])
+
+
+def test_other_questions_are_refused(world):
+    E.main(["tiny", *NQ])
+    lines = (world / "d/nq.jsonl").read_text().splitlines()
+    (world / "d/nq.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(C.UserError, match="its nq_open has questions"):
+        E.main(["runs/tiny-math-farss-s0", *NQ, "--base-results", "runs/tiny-base"])
+
+
+def test_a_second_evaluation_keeps_the_other_benchmarks(world, monkeypatch, capsys):
+    """Of the same weights; Ctrl-C keeps what is done; other weights begin anew."""
+    all_three = ["tiny", *FILES, "--max-new-tokens", "4"]
+
+    def counts():
+        results = json.loads((world / "runs/tiny-base/results.json").read_text())
+        return {name: b["n"] for name, b in results["benchmarks"].items()}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(E.PROTOCOLS, "greedy_match", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            E.main(all_three)
+    assert counts() == {"gsm8k": 8, "nq_open": 2}
+    E.main([*all_three, "--benchmarks", "webqs"])
+    E.main([*all_three, "--benchmarks", "gsm8k", "--limit", "1"])
+    assert counts() == {"gsm8k": 1, "nq_open": 2, "webqs": 1}
+    write_checkpoint("tiny", seed=5)
+    E.main(["tiny", *NQ])
+    assert counts() == {"nq_open": 2} and "is replaced" in capsys.readouterr().out
+
+
+def test_a_base_is_known_by_its_weights_wherever_it_lies(world, monkeypatch):
+    run = world / "runs/tiny-math-farss-s0"
+    argv = ["--benchmarks", "nq_open", "--data", f"nq_open={world}/d/nq.jsonl", "--max-new-tokens",
+            "4"]
+    (world / "elsewhere").mkdir()
+    monkeypatch.chdir(world / "elsewhere")
+    E.main([str(run), *argv])  # recorded by its whole path
+    monkeypatch.chdir(world)
+    (world / "tiny").rename(world / "moved")
+    with pytest.raises(C.UserError, match="no longer there; say with --base"):
+        E.main([str(run), *argv])
+    E.main([str(run), *argv, "--base", "moved"])
+    write_checkpoint("tiny", seed=3)
+    with pytest.raises(C.UserError, match="holds other weights"):
+        E.main([str(run), *argv])

@@ -266,6 +266,21 @@ def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, met
     assert not (here / "cut/checkpoint").exists()
 
 
+def test_resume_refuses_another_base_and_takes_a_moved_one(here, monkeypatch):
+    train.main([*SMALL, "--out", "whole"])
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train.main([*SMALL, "--out", "cut"])
+    (here / "tiny").rename(here / "moved")
+    write_checkpoint("tiny", seed=9)
+    with pytest.raises(C.UserError, match="holds other weights"):
+        train.main(["--resume", "cut"])
+    train.main(["--resume", "cut", "--base", "moved"])
+    one, two = ((here / d / "adapter.safetensors").read_bytes() for d in ("cut", "whole"))
+    assert one == two
+
+
 def test_a_resumed_run_may_change_what_the_machine_can_do(here, monkeypatch):
     """An out-of-memory run goes on with a smaller micro-batch; anything else is refused."""
     argv = [*SMALL, "--dropout", "0"]
@@ -430,6 +445,7 @@ def test_resume_refuses_changed_data(here, monkeypatch):
     (["--resume", "tiny"], "has no run.json"),
     (["--resume", "old"], "not written by this version"),
     (["--resume", "x", "--lr", "1"], "give no other option"),
+    ([*SMALL, "--base", "tiny"], "--base goes with --resume"),
 ])
 def test_bad_input_is_one_line_exit_2_and_writes_nothing(here, capsys, argv, says):
     (here / "empty.jsonl").write_text("")
