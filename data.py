@@ -115,6 +115,11 @@ def read_rows(name_or_path: str) -> list[Row]:
     return rows
 
 
+def is_local(name_or_path: str) -> bool:
+    """Whether reading the rows needs no download."""
+    return Path(name_or_path).is_file() or isinstance(SOURCES.get(name_or_path, "")[0], Path)
+
+
 def read_file(path: Path) -> Iterator[Row]:
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):

@@ -37,6 +37,7 @@ from settings import (
     default_task,
     finished,
     is_run,
+    known_as,
     model_name,
     preset,
     provenance,
@@ -138,8 +139,10 @@ class Evaluator:
         out = [""] * len(prompts)
         batches = data.batches_by_length(range(len(ids)), lambda i: len(ids[i]), self.batch_size)
 
+        tail = max(map(len, stops), default=0) + 8  # tokens; some are only part of a letter
+
         def stop(new: list[int]) -> bool:
-            text = self.tokenizer.decode(new)
+            text = self.tokenizer.decode(new[-tail:])
             return any(s in text for s in stops)
 
         for batch in tqdm(batches, desc=desc, leave=False, disable=None):
@@ -247,6 +250,7 @@ def find_target(target: str, base: str | None = None) -> Target:
         folder = checkpoint.fetch(target)
         found = checkpoint.fingerprint(folder)
         about: dict[str, Any] = {"model": target, "method": "base", "task": None, "seed": None,
+                                 "known_as": known_as(target, checkpoint.read_config(folder)),
                                  "base_fingerprint": found, "weights": found}
         return Target(folder, None, None, about)
     s, recorded = read_run(run)
@@ -255,7 +259,8 @@ def find_target(target: str, base: str | None = None) -> Target:
     about = {k: getattr(s, k) for k in ("model", "method", "task", "seed")}
     about |= {"settings": asdict(s), "trained_with": {k: v for k, v in recorded.items()
                                                       if k != "settings"}}
-    about["base_fingerprint"] = recorded.get("base_fingerprint")
+    about |= {"base_fingerprint": recorded.get("base_fingerprint"),
+              "known_as": recorded.get("known_as", s.model)}
     if s.how.trains == "weights":
         folder = run / "model"
         about["weights"] = checkpoint.fingerprint(folder)
@@ -298,7 +303,12 @@ def read_results(path: str | Path) -> dict:
 
 def task_of(about: dict) -> str:
     """The task of a run; of an untouched model the one that it would be trained on."""
-    return about["task"] or default_task(about["model"])
+    return about["task"] or default_task(name_of(about))
+
+
+def name_of(about: dict) -> str:
+    """The model's name in the tables of settings and of the paper's scores."""
+    return about.get("known_as", about["model"])
 
 
 def hash_of(asked: list[Question]) -> str:
@@ -320,7 +330,7 @@ def kept_benchmarks(out: Path, results: dict, again: list[str]) -> dict[str, dic
 
 def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
     """The paper's scores of a model before and after full fine-tuning; UserError without any."""
-    row = PAPER_SCORES.get((about["model"], task_of(about)))
+    row = PAPER_SCORES.get((name_of(about), task_of(about)))
     if row is None:
         raise UserError(f"the paper prints no scores of {about['model']} for {about['task']}; "
                           "give a results file")
@@ -333,8 +343,13 @@ def reference(results: dict, source: str | Path, which: int, benchmarks: tuple[s
     which must come from the same questions under the same settings."""
     if source == "paper":
         row = paper_row(results)
-        if any(results["benchmarks"][b]["limit"] for b in benchmarks):
-            print("note: the paper's scores are of all questions, these of the first few")
+        for b in benchmarks:
+            mine = results["benchmarks"][b]
+            unlike = [f"{key.replace('_', ' ')} {mine[key]}" for key, papers in
+                      (("limit", None), ("max_new_tokens", None), ("bos", "harness"),
+                       ("scoring", "official")) if mine.get(key) not in (None, papers)]
+            if unlike:
+                print(f"note: the paper's {b} was scored otherwise than here: {', '.join(unlike)}")
         return {b: row[which][b] for b in benchmarks}
     whole = read_results(source)
     check_comparable(results, whole, source, benchmarks)
@@ -481,7 +496,7 @@ def main(argv: list[str] | None = None) -> None:
     # A run is compared with its base model's results where they are.
     base, full = args.base_results, args.full_results
     if target.run:
-        stored = preset(about["model"], task_of(about))
+        stored = preset(name_of(about), task_of(about))
         own = Path("runs") / f"{model_name(about['model'])}-base" / "results.json"
         base = base or next((p for p in (own, stored.base_results) if p and p.exists()), None)
         full = full or next((p for p in (stored.full_results,) if p and p.exists()), None)
@@ -494,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
             for b in args.benchmarks or of_task(task_of(about))}
     asked = {b: questions(b, r) for b, r in rows.items()}
     use_threads(target.settings.threads if target.settings else
-                preset(about["model"], task_of(about)).settings.get("threads"))
+                preset(name_of(about), task_of(about)).settings.get("threads"))
     model = load_target(target, args.dtype, args.device)
     out = args.out or target.home
     tokenizer = checkpoint.Tokenizer(target.folder, model.config)

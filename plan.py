@@ -53,6 +53,7 @@ class Plan:
     bounds: tuple[float, float]  # the least and the most that the data can decide
     uniform: int  # with rank R everywhere, as LoRA
     groups: list[Group]  # of adapted layers
+    examples: int
     steps: int
     warmup_steps: int
     micro_batch: int
@@ -66,8 +67,9 @@ class Plan:
         return sum(self.training.values()) <= self.memory
 
 
-def make(s: Settings, config: Config, memory: float | None = None) -> Plan:
-    """The plan of a run on a device with `memory` bytes (None: what is free on s.device now)."""
+def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0) -> Plan:
+    """The plan of a run on a device with `memory` bytes (None: what is free on s.device now), on
+    a dataset of so many `rows` (0: not known, and enough)."""
     skeleton = empty(config)
     parameters = sum(p.numel() for p in skeleton.parameters())
     memory = device_memory(s.device) if memory is None else memory
@@ -79,10 +81,11 @@ def make(s: Settings, config: Config, memory: float | None = None) -> Plan:
         trainable = adapter_parameters(s, shapes, s.r_avg)
         bounds = adapter_parameters(s, shapes, s.r_min), adapter_parameters(s, shapes, s.r_max)
     micro_batch, checkpointing = choose_micro_batch(s, config, parameters, bounds[1], memory)
-    steps = s.steps or s.epochs * math.ceil(s.examples / s.batch_size)
+    examples = min(s.examples, rows or s.examples)
+    steps = s.steps or s.epochs * math.ceil(examples / s.batch_size)
     return Plan(
         config.num_hidden_layers, parameters, trainable, bounds,
-        s.rank * sum(m + n for m, n in shapes.values()), layer_groups(s, shapes), steps,
+        s.rank * sum(m + n for m, n in shapes.values()), layer_groups(s, shapes), examples, steps,
         math.ceil(s.warmup * steps), micro_batch, checkpointing,
         training_memory(s, config, parameters, bounds[1], micro_batch, checkpointing),
         initialisation_memory(s, config, parameters) if s.how.needs == "fisher" else {}, memory)
@@ -240,8 +243,8 @@ def rank_table(groups: list[Group]) -> Iterator[str]:
         yield f"{g.depth + ' ' + g.leaf:22}{g.count:>6}{shape:>16}{rank:>12}{size:>12}"
 
 
-def show(s: Settings, plan: Plan) -> None:
-    """--dry-run: all that can be known without weights and data."""
+def show(s: Settings, plan: Plan, known: str) -> None:
+    """--dry-run: all that can be known without weights; `known`: the model's name in PRESETS."""
     print(f"plan: {s.model}, {s.task}, {s.method}")
     print(f"model         {plan.blocks} blocks, {million(plan.parameters)} parameters, {s.dtype}")
     if s.how.adaptive:
@@ -255,7 +258,7 @@ def show(s: Settings, plan: Plan) -> None:
     if s.how.trains == "weights":
         print(f"trainable     all {million(plan.trainable)}, fp32 master weights")
     elif s.how.adaptive:
-        paper = preset(s.model, s.task).printed_parameters
+        paper = preset(known, s.task).printed_parameters
         print(f"trainable     {million(plan.trainable)} if every shallow rank were r_avg; the data "
               f"decide, between {million(plan.bounds[0])} and {million(plan.bounds[1])}"
               + (f"; the paper prints {paper}M" if paper and s.rank == 128 else ""))
@@ -263,7 +266,7 @@ def show(s: Settings, plan: Plan) -> None:
     else:
         print(f"trainable     {million(plan.trainable)}")
     print(f"\nsteps         {plan.steps:,} of {s.batch_size} examples"
-          + (f" ({s.epochs} epoch of {s.examples:,})" if not s.steps else "")
+          + (f" ({s.epochs} epoch of {plan.examples:,})" if not s.steps else "")
           + f", {plan.warmup_steps} of them warm-up to lr {s.lr:g}")
     has = f"{plan.memory / 1e9:.0f} GB" + (" (an 80 GB GPU; no --device given)" if s.device is None
                                            else f" free on {s.device}")

@@ -157,6 +157,38 @@ def preset(model: str, task: str) -> Preset:
     return PRESETS.get((model, task), Preset({}))
 
 
+# What makes two models the same one, whatever they are called.
+SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling")
+
+
+def known_as(model: str, config: Config) -> str:
+    """The short name of a model that is in the table by its hub id or by the shape of its config
+    (an open copy, a local folder); otherwise the name it has."""
+    if model in checkpoint.MODELS:
+        return model
+    for name, (place, listed) in checkpoint.MODELS.items():
+        if place == model or all(getattr(config, f) == getattr(listed, f) for f in SHAPE):
+            return name
+    return model
+
+
+def origin(args: argparse.Namespace) -> str:
+    """Where a run's settings come from, in one line."""
+    flags = given(args)
+    model = flags.get("model", Settings.model)
+    known = known_as(model, checkpoint.config_of(model))
+    task = flags.get("task", default_task(known))
+    row = preset(known, task).settings
+    named = ", ".join(name.replace("_", " ") for name in row if name not in flags)
+    seen = known if known == model else f"{known}, as its shape says"
+    return "settings: " + "; ".join(filter(None, (
+        f"{named}: the row of {seen} and {task} in settings.PRESETS" if named else "",
+        "" if "shallow" in row or "shallow" in flags else "shallow: 7/32 of the blocks",
+        "flags: " + ", ".join(sorted(flags)) if flags else "",
+        "all others: the paper's (A.2.1, 4.2), see --help")))
+
+
 def use_threads(count: int | None) -> None:
     """Let torch use so many CPU threads; None leaves it as it is."""
     if count:
@@ -235,15 +267,16 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
     """The settings of a run: the defaults, the row for this model and task, then the flags."""
     flags = given(args)
     model, method = flags.get("model", Settings.model), flags.get("method", Settings.method)
-    task = flags.get("task", default_task(model))
-    row = {name: value for name, value in preset(model, task).settings.items()
+    config = checkpoint.config_of(model)
+    known = known_as(model, config)
+    task = flags.get("task", default_task(known))
+    row = {name: value for name, value in preset(known, task).settings.items()
            if name not in flags}
     for name, value in row.items():
         if isinstance(value, dict):
             if method not in value:
                 raise UserError(f"no --{name} is known for {method} on {model}; give one")
             row[name] = value[method]
-    config = checkpoint.config_of(model)
     s = Settings(**(row | flags | {"task": task}))
     device = s.device if args.dry_run and not s.device else str(checkpoint.pick_device(s.device))
     blocks = config.num_hidden_layers

@@ -42,6 +42,8 @@ from settings import (
     fail,
     finished,
     given,
+    known_as,
+    origin,
     read_run,
     run_folder,
     run_main,
@@ -300,20 +302,21 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{run} is finished; evaluate it with python eval.py {run}")
         s = replace(s, **given(args))
         folder = base_of(run, s, recorded, args.base)
-        config = checkpoint.read_config(folder)
+        config, rows = checkpoint.read_config(folder), data.read_rows(s.data)
         check(s, config)
     else:
         s, config = settle(args)
         run, recorded = args.out or run_folder(s), None
-        planned = plan.make(s, config)
+        rows = data.read_rows(s.data) if not args.dry_run or data.is_local(s.data) else []
+        planned = plan.make(s, config, rows=len(rows))
+        print(origin(args))
         if args.dry_run:
-            plan.show(s, planned)
+            plan.show(s, planned, known_as(s.model, config))
             return
         check_new(run)
         s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
         folder = checkpoint.fetch(s.model)
 
-    rows = data.read_rows(s.data)
     use_threads(s.threads)
     tokenizer = checkpoint.Tokenizer(folder, config)
     chosen = data.training_set(rows, tokenizer, s.examples, s.max_length, s.seed,
@@ -336,6 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         run.mkdir(parents=True, exist_ok=True)
         write_run(run, s, {
             "data_sha256": chosen.sha256, "dropped_rows": chosen.dropped, "cut_rows": chosen.cut,
+            "known_as": known_as(s.model, config),
             "base": str(folder.resolve()) if checkpoint.is_folder(s.model) else None,
             "base_fingerprint": checkpoint.fingerprint(folder)})
     (run / "checkpoint").mkdir(exist_ok=True)
@@ -357,7 +361,8 @@ def main(argv: list[str] | None = None) -> None:
     parameters = sum(p.numel() for p in M.empty(config).parameters())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"trainable: {count / 1e6:,.2f}M of {parameters / 1e6:,.1f}M; initialised in "
-          f"{time.perf_counter() - started:.1f} s; micro-batch {s.micro_batch}")
+          f"{time.perf_counter() - started:.1f} s; --micro-batch {s.micro_batch}"
+          + (" (as memory had room; it decides the draws of dropout)" if s.dropout else ""))
 
     if not train(model, s, chosen.examples, run):
         print(f"stopped; go on with: python train.py --resume {run}")

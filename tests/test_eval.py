@@ -296,6 +296,32 @@ def test_a_base_of_the_same_name_but_other_weights_is_refused(tmp_path, monkeypa
         E.main(["runs/model-math-lora-s0", *NQ, "--base-results", "runs/model-base"])
 
 
+def test_what_the_paper_did_otherwise_is_said(capsys):
+    mine = {"model": "x", "known_as": "llama2-7b", "task": "math", "benchmarks": {
+        "gsm8k": result(50.94, limit=5, scoring="strict", max_new_tokens=8), "nq_open": result(5.0),
+        "webqs": result(8.37)}}
+    E.summarise(mine, "paper", "paper")
+    out = capsys.readouterr().out
+    assert "gsm8k was scored otherwise than here: limit 5, max new tokens 8, scoring strict" in out
+    assert "nq_open" not in out
+
+
+def test_a_stop_string_of_many_tokens_is_found_late_in_a_text(evaluator, monkeypatch):
+    """The check looks at a tail; here at byte tokens, one a letter."""
+    text, seen = "x" * 60 + " Instruction: y", []
+
+    def generate(model, ids, limit, eos, stop):
+        new = []
+        for token in evaluator.tokenizer.encode(text, False):
+            new.append(token)
+            seen.append(stop(new))
+        return [new]
+
+    monkeypatch.setattr(M, "generate", generate)
+    out = evaluator.completions(["q"], 99, ("Instruction:",), False, "x")
+    assert out == ["x" * 60 + " "] and seen.index(True) == text.index(":")
+
+
 def test_t_divides_by_full_fine_tuning_only(world):
     run = ["runs/tiny-math-farss-s0", *FILES, "--max-new-tokens", "4"]
     E.main(run)

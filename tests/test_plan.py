@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_llama, write_checkpoint
+from tiny import tiny_batch, tiny_llama, write_checkpoint, write_data
 
 import checkpoint as C
 import data
@@ -56,6 +56,13 @@ def test_shallow_blocks_are_the_papers(model, shallow):
     plan = planned("--model", model)
     assert {g.count for g in plan.groups if g.depth == "shallow"} == {shallow}
     assert {g.count for g in plan.groups if g.depth == "deep"} == {plan.blocks - shallow}
+
+
+def test_the_steps_of_a_small_file_are_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_data("d")
+    train.main(["--model", "llama2-7b", "--data", "d/train.jsonl", "--dry-run"])
+    assert "6 of 16 examples (1 epoch of 96)" in capsys.readouterr().out
 
 
 def test_lora_may_adapt_the_head():

@@ -34,6 +34,28 @@ def test_a_preset_refines_the_defaults_and_a_flag_has_the_last_word(monkeypatch)
     assert settled("--model", "llama2-7b", "--alpha", "18").scaling == 2
 
 
+def test_a_model_of_the_paper_is_known_by_its_shape_whatever_its_name(tmp_path, capsys):
+    """An open copy's id and a local folder get the paper's 9 shallow blocks of Llama-3-8B."""
+    copy = tmp_path / "my-llama"
+    copy.mkdir()
+    C.save_json(copy / "config.json", dict(
+        model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0,
+        rms_norm_eps=1e-5, max_position_embeddings=8192, hidden_act="silu"))
+    args = S.training_arguments("", ["--model", str(copy), "--dry-run", "--lr", "1e-3"])
+    assert S.settle(args)[0].shallow == 9
+    assert "shallow: the row of llama3-8b, as its shape says" in S.origin(args)
+    assert "flags: lr, model" in S.origin(args)
+    train.main(["--model", str(copy), "--dry-run"])
+    assert "the paper prints 276M" in capsys.readouterr().out
+    config = C.MODELS["llama3-8b"][1]
+    assert S.known_as("meta-llama/Meta-Llama-3-8B", config) == "llama3-8b"
+    assert S.known_as("x", S.replace(config, num_hidden_layers=31)) == "x"
+    write_checkpoint(tmp_path / "tiny")
+    args = S.training_arguments("", ["--model", str(tmp_path / "tiny"), "--dry-run"])
+    assert "shallow: 7/32 of the blocks" in S.origin(args)
+
+
 def test_presets_name_settings_and_models():
     names = {f.name for f in fields(S.Settings)}
     for (model, task), row in S.PRESETS.items():

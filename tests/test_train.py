@@ -183,7 +183,7 @@ def test_the_micro_batch_is_chosen_before_the_model_is_loaded(here, monkeypatch)
         raise C.UserError("loaded")
 
     recorded, make = [], plan.make
-    monkeypatch.setattr(plan, "make", lambda *a: recorded.append(False) or make(*a))
+    monkeypatch.setattr(plan, "make", lambda *a, **k: recorded.append(False) or make(*a, **k))
     monkeypatch.setattr(C, "load", not_yet)
     with pytest.raises(C.UserError, match="loaded"):
         train.main(SMALL)
