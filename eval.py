@@ -139,6 +139,11 @@ class Evaluator:
         out = [""] * len(prompts)
         batches = data.batches_by_length(range(len(ids)), lambda i: len(ids[i]), self.batch_size)
 
+        limit = self.max_new_tokens or limit
+        most = max(map(len, ids), default=0) + limit
+        if most > self.model.config.max_position_embeddings:
+            print(f"note: {desc} may take {most} tokens, and the model was made for "
+                  f"{self.model.config.max_position_embeddings}")
         tail = max(map(len, stops), default=0) + 8  # tokens; some are only part of a letter
 
         def stop(new: list[int]) -> bool:
@@ -146,8 +151,8 @@ class Evaluator:
             return any(s in text for s in stops)
 
         for batch in tqdm(batches, desc=desc, leave=False, disable=None):
-            new = M.generate(self.model, [ids[i] for i in batch], self.max_new_tokens or limit,
-                             self.tokenizer.eos_ids, stop if stops else None)
+            new = M.generate(self.model, [ids[i] for i in batch], limit, self.tokenizer.eos_ids,
+                             stop if stops else None)
             for i, tokens in zip(batch, new, strict=True):
                 out[i] = cut(self.tokenizer.decode(tokens), stops)
         return out

@@ -322,6 +322,14 @@ def test_a_stop_string_of_many_tokens_is_found_late_in_a_text(evaluator, monkeyp
     assert out == ["x" * 60 + " "] and seen.index(True) == text.index(":")
 
 
+def test_generation_beyond_the_context_is_said(evaluator, capsys):
+    evaluator.completions(["a" * 10], 1013, ("\n",), True, "x")
+    assert not capsys.readouterr().out
+    evaluator.max_new_tokens = 2
+    evaluator.completions(["a" * 1022], 9, ("\n",), True, "x")  # with BOS 1,023 tokens
+    assert "x may take 1025 tokens, and the model was made for 1024" in capsys.readouterr().out
+
+
 def test_t_divides_by_full_fine_tuning_only(world):
     run = ["runs/tiny-math-farss-s0", *FILES, "--max-new-tokens", "4"]
     E.main(run)
