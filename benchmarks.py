@@ -139,7 +139,7 @@ def webqs_prompt(row: data.Row) -> str:
 
 
 def answers(row: data.Row) -> list[str]:
-    found = row.get(data.ANSWER, list)
+    found = [str(a) if type(a) in (int, float) else a for a in row.get(data.ANSWER, list)]
     if not all(isinstance(answer, str) for answer in found):
         raise UserError(f"{row.where}: the answers {str(found)[:60]} are not all texts")
     return found

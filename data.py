@@ -164,7 +164,10 @@ def read_parquet(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: this dataset is published as parquet; run "
                         "`pip install pyarrow`") from None
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        # Times are no text to train on, and Python cannot hold all of them.
+        rows = table.select([f.name for f in table.schema
+                             if not pyarrow.types.is_temporal(f.type)]).to_pylist()
     except (OSError, ValueError, ImportError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not readable as parquet ({error})") from None
     for i, row in enumerate(rows, 1):

@@ -125,16 +125,22 @@ def element_size(s: Settings) -> int:
     return torch.finfo(DTYPES[s.dtype]).bits // 8
 
 
+def is_mixed(s: Settings) -> bool:
+    """Whether weights are fp32 and their products bf16 (autocast)."""
+    return s.master_dtype != DTYPES[s.dtype]
+
+
 def block_activations(s: Settings, config: Config) -> int:
     """Bytes that one block keeps per token for its backward pass.
 
     About 10 d + 2 kv + 4 f numbers (norms, q, k, v, rotated q and k, attention's output; gate, up,
     SiLU and product), d the width, kv and f those of keys and MLP; and each adapted layer's
-    input once more in fp32, with its dropout mask.
+    input once more in fp32, with its dropout mask. Where bf16 products are made of fp32 weights,
+    5 d of them are fp32, too (the residual stream and the norms).
     """
     d, f = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
-    size = element_size(s) * (10 * d + 2 * kv + 4 * f)
+    size = element_size(s) * (10 * d + 2 * kv + 4 * f) + (10 * d if is_mixed(s) else 0)
     if s.how.trains == "adapters":
         size += sum(5 * (f if t == "down_proj" else d) for t in s.target_names if t in LINEARS)
     return size
@@ -152,6 +158,7 @@ def training_memory(s: Settings, config: Config, parameters: int, trainable: flo
         blocks * block)
     return {"frozen weights": 0 if s.how.trains == "weights" else element_size(s) * parameters,
             "trained, with AdamW": 16 * trainable,
+            "bf16 copies": 2 * parameters if is_mixed(s) else 0,
             "activations": micro_batch * s.max_length * kept,
             "logits": 3 * 2**28}
 
@@ -228,7 +235,7 @@ def million(count: float) -> str:
 
 def by_part(memory: dict[str, float]) -> str:
     """"12.3 GB: weights 10.0, activations 2.3"."""
-    each = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items())
+    each = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items() if size)
     return f"{sum(memory.values()) / 1e9:.1f} GB: {each}"
 
 

@@ -192,9 +192,8 @@ def train_step(model: M.Llama, batch: list[data.Example], s: Settings,
              for i in range(0, len(ordered), s.micro_batch)]
     targets = sum(int((p["labels"][:, 1:] != M.IGNORE).sum()) for p in parts)
     total = 0.0
-    mixed = s.master_dtype != DTYPES[s.dtype]  # fp32 master weights, bf16 products
     for part in parts:
-        with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=mixed):
+        with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=plan.is_mixed(s)):
             loss = model.loss(**part)[0] / targets
         loss.backward()
         total += loss.item()

@@ -113,9 +113,14 @@ def test_every_row_of_the_table_is_complete(name):
         for judge in filter(None, (b.judge, b.official)):
             assert judge(said, gold) and not judge("nonsense", gold)
     for broken in ({}, {"question": "q", "answer": None}, {"question": "q", "answer": "no gold"},
-                   {"question": "q", "answer": [5]}):
+                   {"question": "q", "answer": [None]}):
         with pytest.raises(UserError, match="x:2"):
             b.gold(data.Row(broken, "x:2"))
+
+
+def test_a_number_in_a_list_of_answers_is_its_text():
+    row = data.Row({"question": "q", "answer": [5, "five"]}, "x")
+    assert B.BENCHMARKS["nq_open"].gold(row) == ["5", "five"] and B.exact_match("5", ["5", "five"])
 
 
 def test_a_task_is_measured_by_its_own_benchmarks_and_by_what_the_model_knew():

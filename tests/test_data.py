@@ -87,14 +87,11 @@ def test_a_damaged_gzip_stream_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("column", [pa.timestamp("ns"), pa.duration("ns")])
-def test_exotic_parquet_columns_are_read_or_refused_in_one_line(tmp_path, column):
+def test_columns_of_times_that_python_cannot_hold_are_left_out(tmp_path, column):
     values = pa.array([1700000000123456789], pa.int64()).cast(column)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pa.table({"question": ["a?"], "answer": ["x"], "t": values}), path)
-    try:
-        assert data.question_and_response(data.read_rows(str(path))[0]) == ("a?", "x")
-    except C.UserError as error:
-        assert "a.parquet" in str(error)
+    assert data.question_and_response(data.read_rows(str(path))[0]) == ("a?", "x")
 
 
 def test_half_a_character_is_refused_and_named(tokenizer):

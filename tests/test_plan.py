@@ -121,6 +121,34 @@ def test_factors_of_a_block_are_counted_once_where_they_are_shared():
         assert parts["factors of a block"] == sum(held.values())
 
 
+@pytest.mark.parametrize("method, dtype", [("full", "float32"), ("full", "bfloat16"),
+                                           ("lora", "float32"), ("lora", "bfloat16")])
+def test_what_a_block_keeps_is_estimated_within_a_tenth(method, dtype):
+    """Against the tensors that autograd saves, counted by storage: what two blocks more save."""
+    s = S.Settings(model="x", method=method, dtype=dtype, rank=8, alpha=8.0, device="cpu")
+    saved, config = [], None
+    for blocks in (2, 4):
+        torch.manual_seed(0)
+        config = M.Config(64, 256, 688, blocks, 4, 4, 64)
+        model = M.Llama(config).to(s.master_dtype)
+        train.initialise(model, s, [])
+        known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes = {}
+
+        def keep(t, sizes=sizes):
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
+            return t
+
+        ids = torch.randint(64, (2, 128))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
+                torch.autocast("cpu", torch.bfloat16, enabled=P.is_mixed(s)):
+            model.train().loss(ids, ids)
+        copies = 2 * sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2
+                         and "layers" in n) if P.is_mixed(s) else 0
+        saved.append(sum(n for at, (n, _) in sizes.items() if at not in known) - copies)
+    assert P.block_activations(s, config) == pytest.approx((saved[1] - saved[0]) / 2 / 256, rel=0.1)
+
+
 def test_free_memory_counts_caches_and_a_containers_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(P, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(P, "CGROUP", tmp_path)
