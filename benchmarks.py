@@ -194,7 +194,12 @@ BENCHMARKS = {
 }
 
 
+def of_group(names: Iterable[str], group: str) -> list[str]:
+    """Those of the named benchmarks that measure the same thing."""
+    return [name for name in names if BENCHMARKS[name].group == group]
+
+
 def of_task(task: str) -> list[str]:
     """The benchmarks of a task: those behind T, then those behind K."""
     groups = data.TASKS[task].group, data.TASKS[task].knowledge
-    return [name for group in groups for name, b in BENCHMARKS.items() if b.group == group]
+    return [name for group in groups for name in of_group(BENCHMARKS, group)]

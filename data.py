@@ -135,9 +135,9 @@ def read_file(path: Path) -> Iterator[Row]:
                 yield from (parse_line(line, f"{path}:{i}") for i, line in numbered)
                 return
             rows = json.load(file)
+    except UserError:  # a line of the file, named already
+        raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):  # a line of the file, named already
-            raise
         raise UserError(f"{path}: not readable ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds a {type(rows).__name__}, not an array of rows")

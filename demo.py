@@ -7,7 +7,6 @@ in runs/demo and not run again.
 
 import os
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import checkpoint
@@ -48,7 +47,7 @@ def sentences(base: dict, runs: dict[str, dict], stored: list[dict[str, str]]) -
 def spell(stored: list[dict[str, str]], method: str, lr: float, column: str) -> str:
     """Mean ± standard deviation over the stored seeds of a method at a learning rate."""
     values = [float(r[column]) for r in stored if r["method"] == method and float(r["lr"]) == lr]
-    return f"{fmean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else "not measured"
+    return sweep.mean_and_spread(values, 2) if len(values) > 1 else "not measured"
 
 
 def draw_scores(pyplot: Any, results: list[dict], path: Path) -> None:

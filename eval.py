@@ -27,7 +27,7 @@ import checkpoint
 import data
 import model as M
 from baselines import METHODS
-from benchmarks import BENCHMARKS, Benchmark, of_task
+from benchmarks import BENCHMARKS, Benchmark, of_group, of_task
 from checkpoint import UserError
 from settings import (
     DTYPES,
@@ -133,12 +133,11 @@ class Evaluator:
         return self.bos == "harness" and M.FAMILIES[self.model.config.model_type].harness_bos
 
     def completions(self, prompts: list[str], limit: int, stops: tuple[str, ...], bos: bool,
-                 desc: str) -> list[str]:
+                    desc: str) -> list[str]:
         """Greedy completions, cut at the first stop string, in the order of the prompts."""
         ids = [self.tokenizer.encode(p, bos) for p in prompts]
         out = [""] * len(prompts)
         batches = data.batches_by_length(range(len(ids)), lambda i: len(ids[i]), self.batch_size)
-
         limit = self.max_new_tokens or limit
         most = max(map(len, ids), default=0) + limit
         if most > self.model.config.max_position_embeddings:
@@ -179,7 +178,7 @@ def complete(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dic
     row = BENCHMARKS[name]
     judge = (evaluator.scoring == "official" and row.official) or row.judge
     outputs = evaluator.completions([q.prompt for q in asked], row.new_tokens, row.stops,
-                                 evaluator.with_bos(row), name)
+                                    evaluator.with_bos(row), name)
     records = []
     for q, output in zip(asked, outputs, strict=True):
         answer = row.extract(output) if row.extract else output
@@ -342,7 +341,7 @@ def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
     return row
 
 
-def reference(results: dict, source: str | Path, which: int, benchmarks: tuple[str, ...]
+def reference(results: dict, source: str | Path, which: int, benchmarks: list[str]
               ) -> dict[str, float]:
     """Scores to divide by: the paper's (`which` 0: origin, 1: full), or those of a results file,
     which must come from the same questions under the same settings."""
@@ -364,7 +363,7 @@ def reference(results: dict, source: str | Path, which: int, benchmarks: tuple[s
     return {b: whole["benchmarks"][b]["score"] for b in benchmarks}
 
 
-def check_comparable(mine: dict, other: dict, source: str | Path, benchmarks: tuple[str, ...]
+def check_comparable(mine: dict, other: dict, source: str | Path, benchmarks: list[str]
                      ) -> None:
     """UserError saying what differs, unless both are of one base model, the same questions and
     the same way to ask them. What a file does not record is not compared."""
@@ -391,8 +390,7 @@ def summarise(results: dict, base: str | Path | None, full: str | Path | None
     """K, T, KT where their references are given, and Avg, for results.json."""
     scores = {b: r["score"] for b, r in results["benchmarks"].items()}
     task_row = data.TASKS[task_of(results)]
-    known = tuple(b for b in scores if BENCHMARKS[b].group == task_row.knowledge)
-    task = tuple(b for b in scores if BENCHMARKS[b].group == task_row.group)
+    known, task = of_group(scores, task_row.knowledge), of_group(scores, task_row.group)
     summary: dict[str, float] = {"Avg": sum(scores.values()) / len(scores)}
     if base and known:
         summary["K"] = knowledge_score({b: scores[b] for b in known},
@@ -559,8 +557,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, group in (("K", data.TASKS[task_of(about)].knowledge),
                         ("T", data.TASKS[task_of(about)].group)):
         if name in results["summary"]:
-            print(f"{name} is over " + ", ".join(
-                b for b in results["benchmarks"] if BENCHMARKS[b].group == group))
+            print(f"{name} is over " + ", ".join(of_group(results["benchmarks"], group)))
     print("\n".join(table([results])))
 
 

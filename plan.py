@@ -86,9 +86,14 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     return Plan(
         config.num_hidden_layers, parameters, trainable, bounds,
         s.rank * sum(m + n for m, n in shapes.values()), layer_groups(s, shapes), examples, steps,
-        math.ceil(s.warmup * steps), micro_batch, checkpointing,
+        warmup_steps(steps, s.warmup), micro_batch, checkpointing,
         training_memory(s, config, parameters, bounds[1], micro_batch, checkpointing),
         initialisation_memory(s, config, parameters) if s.how.needs == "fisher" else {}, memory)
+
+
+def warmup_steps(steps: int, warmup: float) -> int:
+    """Steps with rising learning rate: never all, or one step alone would train nothing."""
+    return min(math.ceil(warmup * steps), steps - 1)
 
 
 # -------------------------------------------------------------------------- ranks and parameters

@@ -22,7 +22,7 @@ import checkpoint
 import data
 import farss
 from baselines import METHODS, Method
-from checkpoint import MICROCOSM, UserError
+from checkpoint import ANYTHING, MICROCOSM, UserError
 from model import Config, empty, linear_names
 
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
@@ -173,12 +173,18 @@ def known_as(model: str, config: Config) -> str:
     return model
 
 
+def chosen_model(flags: dict[str, Any]) -> tuple[str, Config, str, str]:
+    """What the flags mean by model and task: (its name as given, Config, known name, task)."""
+    model = flags.get("model", Settings.model)
+    config = checkpoint.config_of(model)
+    known = known_as(model, config)
+    return model, config, known, flags.get("task", default_task(known))
+
+
 def origin(args: argparse.Namespace) -> str:
     """Where a run's settings come from, in one line."""
     flags = given(args)
-    model = flags.get("model", Settings.model)
-    known = known_as(model, checkpoint.config_of(model))
-    task = flags.get("task", default_task(known))
+    model, _, known, task = chosen_model(flags)
     row = preset(known, task).settings
     named = ", ".join(name.replace("_", " ") for name in row if name not in flags)
     seen = known if known == model else f"{known}, as its shape says"
@@ -266,10 +272,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
     """The settings of a run: the defaults, the row for this model and task, then the flags."""
     flags = given(args)
-    model, method = flags.get("model", Settings.model), flags.get("method", Settings.method)
-    config = checkpoint.config_of(model)
-    known = known_as(model, config)
-    task = flags.get("task", default_task(known))
+    model, config, known, task = chosen_model(flags)
+    method = flags.get("method", Settings.method)
     row = {name: value for name, value in preset(known, task).settings.items()
            if name not in flags}
     for name, value in row.items():
@@ -291,7 +295,6 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
 
 # What a setting must be; NaN is in no range.
 POSITIVE = (lambda v: 0 < v < math.inf, "above 0")
-ANYTHING = (lambda v: True, "")
 RANGES = {
     "warmup": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),

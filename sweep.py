@@ -36,7 +36,7 @@ import eval as evaluation
 import plan
 import train
 from baselines import METHODS
-from benchmarks import BENCHMARKS, of_task
+from benchmarks import of_group, of_task
 from checkpoint import UserError
 from settings import (
     Parser,
@@ -107,13 +107,12 @@ def start(job: Job, threads: int) -> subprocess.Popen:
 
 
 def run_all(jobs: list[Job], parallel: int) -> Iterable[Job]:
-    """Run what is not done, `parallel` at a time; yields each job when its results are there.
+    """Run what is not done, `parallel` at a time; yields each job that it ran when it is done.
 
     Raises UserError with the last line of a run that failed. However it ends, the runs that are
     under way are told to save and stop, and are waited for.
     """
     to_do = [job for job in jobs if not job.done()]
-    yield from (job for job in jobs if job.done())
     waiting = list(to_do)
     running: dict[subprocess.Popen, Job] = {}
     threads = max(1, (os.cpu_count() or 1) // parallel)
@@ -155,8 +154,8 @@ def base_results(model: str, task: str, out: Path) -> dict:
 
 def mean_score(results: dict, group: str) -> float:
     """Mean score in % of the benchmarks of a group."""
-    return fmean(b["score"] for name, b in results["benchmarks"].items()
-                 if BENCHMARKS[name].group == group)
+    benchmarks = results["benchmarks"]
+    return fmean(benchmarks[name]["score"] for name in of_group(benchmarks, group))
 
 
 def row_of(job: Job, base: dict) -> dict[str, Any]:
@@ -166,7 +165,7 @@ def row_of(job: Job, base: dict) -> dict[str, Any]:
     report = checkpoint.read_json(ranks) if ranks.exists() else {}
     log = [json.loads(line) for line in (job.run / "log.jsonl").read_text().splitlines()]
     scores = {name: b["score"] for name, b in results["benchmarks"].items()}
-    known = [b for b in scores if BENCHMARKS[b].group == data.TASKS[s.task].knowledge]
+    known = of_group(scores, data.TASKS[s.task].knowledge)
     before = {b: base["benchmarks"][b]["score"] for b in known}
     return {
         "method": s.method, "lr": s.lr, "seed": s.seed, **scores, **evaluation.mean_parts(results),
@@ -228,8 +227,8 @@ def write_results(folder: Path, jobs: list[Job], base: dict) -> list[dict]:
         full = full_results(done, lr)
         full["summary"] = evaluation.summarise(full, folder / "base.json", None)
         checkpoint.save_json(folder / "full.json", full)
-        whole = {name: b["score"] for name, b in full["benchmarks"].items()
-                 if BENCHMARKS[name].group == data.TASKS[full["task"]].group}
+        whole = {name: full["benchmarks"][name]["score"]
+                 for name in of_group(full["benchmarks"], data.TASKS[full["task"]].group)}
         for row in rows:
             row["T"] = evaluation.task_score({name: row[name] for name in whole}, whole)
             row["KT"] = evaluation.harmonic_mean(row["K"], row["T"])
@@ -248,6 +247,12 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
     """results.csv of a folder of results; nothing where there is none."""
     path = folder / "results.csv"
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """"0.85 ± 0.03", mean and standard deviation; of one value the value."""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
 
 
 def check_results(folder: Path, jobs: list[Job]) -> None:
@@ -271,11 +276,8 @@ def table(rows: list[dict]) -> list[str]:
         def mean(column: str, group: list[dict] = group) -> float:
             return fmean(row[column] for row in group)
 
-        cells = []
-        for c in columns:
-            digits = 3 if c in ("K", "T", "KT") else 1
-            spread = f" ± {stdev(r[c] for r in group):.{digits}f}" if len(group) > 1 else ""
-            cells.append(f"{mean(c):.{digits}f}{spread}".rjust(width[c]))
+        cells = [mean_and_spread([r[c] for r in group], 3 if c in ("K", "T", "KT") else 1)
+                 .rjust(width[c]) for c in columns]
         lines.append(f"{method:8}{lr:>8g}{len(group):>7}{mean('trainable') / 1e6:>10.2f}M"
                      f"{mean('init_seconds'):>8.1f}{mean('train_seconds'):>9.0f}"
                      f"{mean('memory_gb'):>6.1f}" + "".join(cells))

@@ -140,12 +140,12 @@ def show_ranks(s: Settings, report: dict) -> None:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Factor of the learning rate: linear up over ceil(warmup * steps), then linear to 0.
+    """Factor of the learning rate: linear up over the warm-up steps, then linear to 0.
 
     transformers' get_linear_schedule_with_warmup, in which the first of the warm-up steps has
     learning rate 0.
     """
-    rising = min(math.ceil(warmup * steps), steps - 1)  # or one step alone would train nothing
+    rising = plan.warmup_steps(steps, warmup)
     return step / rising if step < rising else (steps - step) / max(1, steps - rising)
 
 
@@ -306,13 +306,14 @@ def main(argv: list[str] | None = None) -> None:
     else:
         s, config = settle(args)
         run, recorded = args.out or run_folder(s), None
+        if not args.dry_run:  # before the data are read
+            check_new(run)
         rows = data.read_rows(s.data) if not args.dry_run or data.is_local(s.data) else []
         planned = plan.make(s, config, rows=len(rows))
         print(origin(args))
         if args.dry_run:
             plan.show(s, planned, known_as(s.model, config))
             return
-        check_new(run)
         s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
         folder = checkpoint.fetch(s.model)
 
