@@ -168,7 +168,7 @@ def grown(blocks: int, whole: bool) -> float:
 
     Kept inputs and candidates, which must grow with the blocks, are a hundredth of the factors.
     """
-    model = M.Llama(M.Config(num_hidden_layers=blocks, **NARROW)).eval()
+    model = M.CausalLM(M.Config(num_hidden_layers=blocks, **NARROW)).eval()
     work, names = batches(64, 1), M.linear_names(model, LINEARS)
     budget = farss.Budget(1, 2, 1, 1, 2)
     farss.measure(model, work, names[-7:-6], budget)  # what torch itself takes at first use

@@ -20,9 +20,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +31,21 @@ from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import FAMILIES, Config, Llama, adapted_layers, attach, empty
+from model import (
+    ACTIVATIONS,
+    FAMILIES,
+    CausalLM,
+    Config,
+    Count,
+    Model,
+    Probability,
+    adapted_layers,
+    attach,
+    embedding,
+    empty,
+    new_head,
+    whole_parameters,
+)
 
 
 class UserError(ValueError):
@@ -53,6 +67,19 @@ LLAMA3_ROPE: dict[str, Any] = {
 LLAMA3_TOKENS: dict[str, Any] = {"bos_token_id": 128000, "eos_token_ids": (128001,)}
 SMOLLM2_TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_ids": (0,)}
 
+GEMMA2: dict[str, Any] = {
+    "model_type": "gemma2", "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True, "max_position_embeddings": 8192, "bos_token_id": 2,
+    "eos_token_ids": (1,), "pad_token_id": 0, "sliding_window": 4096,
+    "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}
+ROBERTA: dict[str, Any] = {
+    "model_type": "roberta", "hidden_act": "gelu", "max_position_embeddings": 514,
+    "bos_token_id": 0, "eos_token_ids": (2,), "pad_token_id": 1, "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1, "labels": ("LABEL_0", "LABEL_1"),
+}
+
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 MICROCOSM = Path(__file__).resolve().parent / "microcosm"
 
 # short name: (hub id, or folder here; settings), so that a plan needs no download.
@@ -83,11 +110,22 @@ MODELS: dict[str, tuple[str | Path, Config]] = {
                rope_scaling=LLAMA3_ROPE | {"factor": 32.0}, tie_word_embeddings=True,
                max_position_embeddings=131072),
     ),
+    "mistral-7b-v0.1": (
+        "mistralai/Mistral-7B-v0.1",
+        Config(32000, 4096, 14336, 32, 32, 8, 128, model_type="mistral", sliding_window=4096,
+               max_position_embeddings=32768),
+    ),
     "mistral-7b-v0.3": (
         "mistralai/Mistral-7B-v0.3",
         Config(32768, 4096, 14336, 32, 32, 8, 128, rope_theta=1e6, model_type="mistral",
                max_position_embeddings=32768),
     ),
+    "gemma2-2b": ("google/gemma-2-2b", Config(256000, 2304, 9216, 26, 8, 4, 256, **GEMMA2)),
+    "gemma2-9b": ("google/gemma-2-9b", Config(256000, 3584, 14336, 42, 16, 8, 256, **GEMMA2)),
+    "roberta-base": ("FacebookAI/roberta-base",
+                     Config(50265, 768, 3072, 12, 12, 12, 64, **ROBERTA)),
+    "roberta-large": ("FacebookAI/roberta-large",
+                      Config(50265, 1024, 4096, 24, 16, 16, 64, **ROBERTA)),
     "smollm2-135m": (
         "HuggingFaceTB/SmolLM2-135M",
         Config(49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, **SMOLLM2_TOKENS,
@@ -206,6 +244,13 @@ CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     int: (lambda v: type(v) is int and v > 0, "a positive whole number"),
     float: (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
     bool: (lambda v: type(v) is bool, "true or false"),
+    float | None: (lambda v: v is None or (type(v) in (int, float) and 0 < v < math.inf),
+                   "a positive number or null"),
+    int | None: (lambda v: v is None or (type(v) is int and v >= 0), "a token id or null"),
+    Count: (lambda v: v is None or (type(v) is int and v > 0), "a positive whole number or null"),
+    Probability: (lambda v: type(v) in (int, float) and 0 <= v < 1, "a number in [0, 1)"),
+    Probability | None: (lambda v: v is None or (type(v) in (int, float) and 0 <= v < 1),
+                         "a number in [0, 1) or null"),
     tuple[int, ...]: (lambda v: all(type(t) is int and t >= 0 for t in v),
                       "a token id or a list of them"),
 }
@@ -215,6 +260,9 @@ DERIVED = {
     "num_key_value_heads": lambda value: value["num_attention_heads"],
     "head_dim": lambda value: value["hidden_size"] // value["num_attention_heads"],
 }
+# What every config.json must say; all other fields have a default in their family, or are not read.
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads")
 
 
 def read_config(folder: str | Path) -> Config:
@@ -232,39 +280,71 @@ def read_config(folder: str | Path) -> Config:
         raise UserError(f"{path}: model_type {kind!r} is not supported; supported: "
                         + ", ".join(FAMILIES))
     defaults = FAMILIES[kind].defaults
-    value = defaults | {k: v for k, v in raw.items() if v is not None or defaults.get(k)}
-    if "sliding_window" in defaults and value["sliding_window"]:
-        raise UserError(f"{path}: sliding-window attention (sliding_window = "
-                        f"{value['sliding_window']}) is not supported; Mistral v0.3 has none")
-    if value["hidden_act"] != "silu":
-        raise UserError(f"{path}: hidden_act {value['hidden_act']!r} is not supported; only 'silu'")
-    value |= rope_fields(raw, value, path)
+    said = {k: raw[k] for k in (*REQUIRED, *defaults) if k in raw}
+    value: dict[str, Any] = {f.name: None if f.default is MISSING else f.default
+                             for f in fields(Config)}
+    value |= defaults | {k: v for k, v in said.items() if v is not None or defaults.get(k)}
+    value["model_type"] = kind
+    value["hidden_act"] = value.get("hidden_activation", value["hidden_act"])  # Gemma's name
+    if value["hidden_act"] not in tuple(ACTIVATIONS):
+        raise UserError(f"{path}: hidden_act {value['hidden_act']!r} is not supported; supported: "
+                        + ", ".join(ACTIVATIONS))
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError(f"{path}: position_embedding_type {raw['position_embedding_type']!r} is "
+                        "not supported; only 'absolute'")
+    value |= rope_fields(raw, value, path) if "rope_theta" in defaults else {}
     eos = value["eos_token_id"]
     value["eos_token_ids"] = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    if FAMILIES[kind].encoder:
+        value["labels"] = label_names(raw, path)
 
     for field in fields(Config):
         name = field.name
         if name in DERIVED and value[name] is None:
             value[name] = DERIVED[name](value)
         good, what = CHECKS.get(field.type, ANYTHING)
-        if not good(value.get(name)):
-            said = "eos_token_id" if name == "eos_token_ids" else name
-            raise UserError(f"{path}: {said} must be {what}, not {value.get(name)!r}")
+        if not good(value[name]):
+            shown = "eos_token_id" if name == "eos_token_ids" else name
+            raise UserError(f"{path}: {shown} must be {what}, not {value[name]!r}")
     heads, kv_heads = value["num_attention_heads"], value["num_key_value_heads"]
-    if heads % kv_heads or (raw.get("head_dim") is None and value["hidden_size"] % heads):
+    if heads % kv_heads or (said.get("head_dim") is None and defaults.get("head_dim") is None
+                            and value["hidden_size"] % heads):
         raise UserError(f"{path}: {heads} attention heads fit neither {kv_heads} key-value heads "
                         f"nor hidden_size {value['hidden_size']}")
-    if value["head_dim"] % 2:
+    if value["head_dim"] % 2 and "rope_theta" in defaults:
         raise UserError(f"{path}: head_dim must be even, for rotary pairs, not "
                         f"{value['head_dim']}")
-    known: dict[str, Any] = {f.name: value[f.name] for f in fields(Config)}
-    return Config(**known | {f.name: float(known[f.name]) for f in fields(Config)
-                             if f.type is float})
+    check_layer_types(raw, value, path)
+    for field in fields(Config):
+        if type(value[field.name]) is int and field.type not in (int, int | None, Count):
+            value[field.name] = float(value[field.name])
+    return Config(**{f.name: value[f.name] for f in fields(Config)})
+
+
+def check_layer_types(raw: dict, value: dict, path: Path) -> None:
+    """Newer files list for every block whether it has the window: as its family says, or
+    UserError."""
+    kinds, every = raw.get("layer_types"), FAMILIES[value["model_type"]].window_every
+    windowed = ["sliding_attention" if value["sliding_window"] and i % every == 0
+                else "full_attention" for i in range(value["num_hidden_layers"])]
+    if kinds is not None and value["sliding_window"] and kinds != windowed:
+        raise UserError(f"{path}: layer_types {str(kinds)[:60]} is not supported; supported: "
+                        f"{str(windowed[:4])[:-1]}, ...")
+
+
+def label_names(raw: dict, path: Path) -> tuple[str, ...]:
+    """The classes of a classifier's config.json, in order; where it is silent, two by number."""
+    names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
+    inside = isinstance(names, dict) and all(
+        str(i) in names and isinstance(names[str(i)], str) for i in range(len(names)))
+    if not inside:
+        raise UserError(f"{path}: id2label must name the classes 0, 1, ..., not {names!r}")
+    return tuple(names[str(i)] for i in range(len(names)))
 
 
 def rope_fields(raw: dict, value: dict, path: Path) -> dict[str, Any]:
     """rope_theta and rope_scaling of either generation of config.json."""
-    which = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    which = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(which) or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: {which} must be an object, not {rope!r}")
@@ -273,6 +353,8 @@ def rope_fields(raw: dict, value: dict, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: rope type {rope_type!r} is not supported; "
                         "supported: default, llama3")
     theta = rope.get("rope_theta", value["rope_theta"])
+    if "rope_theta" in raw and theta != raw["rope_theta"]:
+        raise UserError(f"{path}: rope_theta is {raw['rope_theta']!r}, and in {which} {theta!r}")
     if rope_type == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     good, what = CHECKS[float]
@@ -340,18 +422,18 @@ def fingerprint(folder: str | Path) -> str:
     return hashlib.sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()[:16]
 
 
-def read_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]],
-                 dtype: torch.dtype | None, device: str | torch.device) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, converted one at a time on the way in.
+class Stored(NamedTuple):
+    """Where a tensor of a checkpoint lies."""
 
-    All names and shapes are checked against `expected` before the first byte of data is read.
-    Raises UserError naming file and tensor.
-    """
-    folder, head = Path(folder), None
-    found: dict[str, Path] = {}
-    files = weight_files(folder)
-    for file in files:
-        path = folder / file
+    path: Path
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: str | Path) -> dict[str, Stored]:
+    """All tensors of a checkpoint folder by name, from the headers of its files alone."""
+    stored: dict[str, Stored] = {}
+    for file in weight_files(folder):
+        path = Path(folder) / file
         if not path.exists():
             raise UserError(f"{path}: named by the index, but not there")
         try:
@@ -360,45 +442,77 @@ def read_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]],
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged or incomplete ({error}); fetch it again") from None
         for name, shape in shapes.items():
-            if name.endswith("rotary_emb.inv_freq"):
-                print(f"{file}: ignoring {name} (the model computes it)")
-            elif name == "lm_head.weight" and name not in expected:
-                head = path  # a tied head that was stored a second time
-            elif name not in expected:
-                raise UserError(f"{path}: unexpected tensor {name}")
-            elif shape != expected[name]:
-                raise UserError(f"{path}: {name} has shape {shape}, config.json implies "
-                                f"{expected[name]}")
-            elif name in found:
-                raise UserError(f"{path}: {name} also stands in {found[name].name}")
-            else:
-                found[name] = path
-    missing = sorted(set(expected) - set(found))
+            if name in stored:
+                raise UserError(f"{path}: {name} also stands in {stored[name].path.name}")
+            stored[name] = Stored(path, shape)
+    return stored
+
+
+def check_tensors(folder: str | Path, stored: dict[str, Stored],
+                  expected: dict[str, tuple[int, ...]], needless: dict[str, str]) -> None:
+    """UserError naming file and tensor unless exactly the expected ones are there, and those that
+    are needless, by pattern: for each pattern a line says so."""
+    ignored: dict[str, list[str]] = {}
+    for name, (path, shape) in stored.items():
+        pattern = next((p for p in needless if re.fullmatch(p, name)), None)
+        if name in expected and shape != expected[name]:
+            raise UserError(f"{path}: {name} has shape {shape}, config.json implies "
+                            f"{expected[name]}")
+        if name not in expected and pattern is None:
+            raise UserError(f"{path}: unexpected tensor {name}")
+        if name not in expected and pattern is not None:
+            ignored.setdefault(pattern, []).append(name)
+    missing = sorted(set(expected) - set(stored))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: tensor {missing[0]}{more} is missing")
-    if head is not None:
-        embedding = "model.embed_tokens.weight"
-        with safe_open(head, "pt") as one, safe_open(found[embedding], "pt") as two:
-            if not torch.equal(one.get_tensor("lm_head.weight"), two.get_tensor(embedding)):
-                raise UserError(f"{head}: lm_head.weight is not the embedding, though config.json "
-                                "says tie_word_embeddings")
+    for pattern, names in ignored.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"{stored[names[0]].path.name}: ignoring {names[0]}{more} ({needless[pattern]})")
+
+
+def check_tied(stored: dict[str, Stored]) -> None:
+    """A tied head that was stored a second time must be the embedding."""
+    head, table = stored.pop("lm_head.weight", None), "model.embed_tokens.weight"
+    if head is None or table not in stored:
+        return
+    with safe_open(head.path, "pt") as one, safe_open(stored[table].path, "pt") as two:
+        if not torch.equal(one.get_tensor("lm_head.weight"), two.get_tensor(table)):
+            raise UserError(f"{head.path}: lm_head.weight is not the embedding, though config.json "
+                            "says tie_word_embeddings")
+
+
+def read_tensors(stored: dict[str, Stored], dtype: torch.dtype, device: str | torch.device
+                 ) -> dict[str, Tensor]:
+    """Those tensors, file by file, converted one at a time on the way in.
+
+    Raises UserError for one that is not of floats, or has a value that `dtype` cannot hold.
+    """
     tensors: dict[str, Tensor] = {}
-    total = sum(math.prod(s) for s in expected.values())
+    total = sum(math.prod(s.shape) for s in stored.values())
     bar = tqdm(total=total, unit="p", unit_scale=True, desc="loading", leave=False,
                disable=None, delay=2)
-    for file in files:
-        with safe_open(folder / file, "pt") as shard:
-            for name in [n for n, path in found.items() if path == folder / file]:
+    for path in dict.fromkeys(s.path for s in stored.values()):
+        with safe_open(path, "pt") as shard:
+            for name in [n for n, s in stored.items() if s.path == path]:
                 tensor = shard.get_tensor(name)
                 if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-                    raise UserError(f"{folder / file}: {name} is {tensor.dtype}; quantised "
-                                    "checkpoints are not supported, use the fp16/bf16/fp32 one")
+                    raise UserError(f"{path}: {name} is {tensor.dtype}; quantised checkpoints are "
+                                    "not supported, use the fp16/bf16/fp32 one")
                 # copy=True: never keep a view of the file, which may change under us.
-                tensors[name] = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+                tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
+                if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+                    check_overflow(path, name, tensor, tensors[name])
                 bar.update(tensor.numel())
     bar.close()
     return tensors
+
+
+def check_overflow(path: Path, name: str, before: Tensor, after: Tensor) -> None:
+    """UserError if a finite number became infinite by conversion."""
+    if not after.isfinite().all() and before.isfinite().all():
+        raise UserError(f"{path}: {name} holds {before.abs().max().item():.3g}, more than "
+                        f"{after.dtype} can; load it as float32")
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -414,40 +528,124 @@ def pick_device(device: str | None = None) -> torch.device:
     return torch.device(device)
 
 
+def free_memory(device: str | torch.device) -> float:
+    """Bytes that are free on a device now."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    free = 8e9  # macOS does not say
+    if MEMINFO.exists():  # not MemFree: what only caches files counts as free
+        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        free = 1024.0 * int(lines["MemAvailable"].split()[0])
+    most, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if most.exists() and most.read_text().strip() != "max":  # a container's limit
+        free = min(free, float(most.read_text()) - float(used.read_text()))
+    return free
+
+
+def check_memory(folder: Path, parameters: int, dtype: torch.dtype, device: torch.device) -> None:
+    """UserError saying what would do, unless the weights have room on the device."""
+    need, free = parameters * dtype.itemsize, free_memory(device)
+    if need <= free:
+        return
+    half = 2 * parameters
+    raise UserError(
+        f"{folder}: {parameters / 1e6:,.0f}M weights take {need / 1e9:.1f} GB as "
+        f"{str(dtype).removeprefix('torch.')}, and {device} has {free / 1e9:.1f} GB free; "
+        + (f"as bfloat16 (--dtype bfloat16) they take {half / 1e9:.1f} GB"
+           if half <= free and half < need else "take a smaller model or another --device"))
+
+
+def head_order(stored: dict[str, Stored], own: tuple[str, ...], labels: tuple[str, ...]
+               ) -> list[int] | None:
+    """Which row of a stored classification head is which of the wanted `labels`.
+
+    `own` are the names in its config.json: the same in any order and case, or as many that say
+    nothing ("LABEL_0"). None where the checkpoint has no head, or one of other classes.
+    """
+    if "classifier.out_proj.weight" not in stored or len(own) != len(labels):
+        return None
+    named = [name.lower() for name in own]
+    if named == [f"label_{i}" for i in range(len(own))]:
+        return list(range(len(own)))
+    wanted = [name.lower() for name in labels]
+    return [named.index(name) for name in wanted] if sorted(named) == sorted(wanted) else None
+
+
 def load(name_or_path: str | Path, dtype: torch.dtype | None = None,
-         device: str | torch.device | None = None) -> Llama:
+         device: str | torch.device | None = None, labels: tuple[str, ...] | None = None,
+         seed: int = 0) -> Model:
     """A pretrained model from a folder, a hub id or a short name, in eval mode.
 
     dtype None is fp32 on CPU, where bf16 products are many times slower, and bf16 elsewhere.
-    Peak memory is the model plus one tensor. Raises UserError for anything wrong with the files.
+    Peak memory is the model plus one tensor. A RoBERTa gets a head for `labels` (None: those of
+    its config.json): the stored one where it is of these, else a new one, drawn with `seed`, which
+    a line says. Raises UserError for anything wrong with the files, and where memory will not do.
     """
     device = pick_device(None if device is None else str(device))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     folder = fetch(name_or_path)
-    model = empty(read_config(folder))
+    config = own = read_config(folder)
+    if labels is not None and FAMILIES[config.model_type].encoder:
+        config = replace(config, labels=tuple(labels))
+    model = empty(config)
     expected = {n: tuple(p.shape) for n, p in model.named_parameters()}  # a tied head counts once
-    tensors = read_tensors(folder, expected, dtype, device)
-    if model.config.tie_word_embeddings:
+    stored = stored_tensors(folder)
+    if config.tie_word_embeddings:
+        check_tied(stored)
+    head, rows = whole_parameters(model), head_order(stored, own.labels, config.labels)
+    if head and rows is None:
+        for name in head:
+            stored.pop(name, None)
+            expected.pop(name)
+    check_tensors(folder, stored, expected, FAMILIES[config.model_type].needless)
+    wanted = {name: place for name, place in stored.items() if name in expected}
+    check_memory(folder, sum(math.prod(s.shape) for s in wanted.values()), dtype, device)
+    tensors = read_tensors(wanted, dtype, device)
+    if head and rows is None:
+        print(f"{folder}: has no head for {', '.join(config.labels)}; a new one, of seed {seed}")
+        tensors |= {n: t.to(device, dtype) for n, t in new_head(config, seed).items()}
+    elif head and rows is not None:
+        for name in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
+            tensors[name] = tensors[name][rows]
+    if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True, strict=True)
-    if model.config.tie_word_embeddings:
+    if isinstance(model, CausalLM) and config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
 
 
+def config_json(config: Config) -> dict[str, Any]:
+    """What `read_config` undoes, in words that transformers 4 and 5 both understand: rope_theta
+    stands at the top, as 4 reads it, and in rope_parameters, as 5 writes it."""
+    family = FAMILIES[config.model_type]
+    raw = {k: v for k, v in asdict(config).items() if k in (*REQUIRED, *family.defaults)}
+    raw |= {"model_type": config.model_type, "architectures": [family.architecture],
+            "eos_token_id": list(config.eos_token_ids)}
+    if "query_pre_attn_scalar" in raw and not raw["query_pre_attn_scalar"]:
+        raw["query_pre_attn_scalar"] = config.head_dim
+    if "hidden_activation" in family.defaults:
+        raw |= {"hidden_act": config.hidden_act, "hidden_activation": config.hidden_act}
+    if "rope_theta" in family.defaults:
+        raw["rope_parameters"] = (config.rope_scaling or {"rope_type": "default"}) | {
+            "rope_theta": config.rope_theta}
+    if config.labels:
+        raw["id2label"] = {str(i): name for i, name in enumerate(config.labels)}
+        raw["label2id"] = {name: i for i, name in enumerate(config.labels)}
+    if len(config.labels) == 1:
+        raw["problem_type"] = "regression"
+    return raw
+
+
 @torch.no_grad()
-def save(model: Llama, folder: str | Path) -> None:
+def save(model: Model, folder: str | Path) -> None:
     """Write config.json and model.safetensors as Hugging Face does (a tied head is not stored)."""
     if adapted_layers(model):
         raise ValueError("merge() the adapters before saving the model")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = asdict(model.config)
-    config["eos_token_id"] = list(config.pop("eos_token_ids"))
-    config |= {"architectures": [FAMILIES[model.config.model_type].architecture],
-               "hidden_act": "silu", "sliding_window": None,
-               "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    save_json(folder / "config.json", config)
+    dtype = str(embedding(model).dtype).removeprefix("torch.")
+    save_json(folder / "config.json", config_json(model.config) | {"torch_dtype": dtype})
     save_tensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
 
 
@@ -456,11 +654,12 @@ def save(model: Llama, folder: str | Path) -> None:
 
 def save_adapter(path: str | Path, model: nn.Module, initial: dict[str, tuple[Tensor, Tensor]],
                  residual: str) -> None:
-    """A, B of every adapted layer and the A0, B0 that were taken out of W at the start.
+    """A, B of every adapted layer, the A0, B0 that were taken out of W at the start, and the
+    classification head where there is one.
 
     `initial` {name: (A0, B0)} is empty for methods that leave W as it is.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = dict(whole_parameters(model))
     for name, layer in adapted_layers(model).items():
         tensors |= {f"{name}.A": layer.A, f"{name}.B": layer.B}
         if name in initial:
@@ -489,6 +688,9 @@ def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
                             f"is {tuple(linears[name].weight.shape)}; wrong base model?")
     if not names or "adapter" not in meta:
         raise UserError(f"{path}: not an adapter written by train.py")
+    for name, p in whole_parameters(model).items():
+        if name not in tensors or tensors[name].shape != p.shape:
+            raise UserError(f"{path}: has no {name} of shape {tuple(p.shape)}; another task?")
     how = json.loads(meta["adapter"])
     initial = {n: (tensors[f"{n}.A0"], tensors[f"{n}.B0"]) for n in names if f"{n}.A0" in tensors}
     untouched = {n: (tensors[f"{n}.A"], torch.zeros_like(tensors[f"{n}.B"])) for n in names}
@@ -497,6 +699,8 @@ def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
         for name, layer in adapted_layers(model).items():
             layer.A.copy_(tensors[f"{name}.A"])
             layer.B.copy_(tensors[f"{name}.B"])
+        for name, p in whole_parameters(model).items():
+            p.copy_(tensors[name])
     return initial
 
 

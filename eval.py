@@ -115,7 +115,7 @@ def cut(text: str, stops: Iterable[str]) -> str:
 class Evaluator:
     """A model with its tokenizer and the settings of an evaluation."""
 
-    model: M.Llama
+    model: M.Model
     tokenizer: checkpoint.Tokenizer
     batch_size: int = 16
     max_new_tokens: int | None = None  # None: the benchmark's own
@@ -168,7 +168,7 @@ class Evaluator:
         kept = [e for e in examples if e]
         for batch in tqdm(data.batches_by_length(kept, lambda e: len(e.ids), 8),
                           desc="answer loss", leave=False, disable=None):
-            nll, n = self.model.loss(**data.collate(batch, self.model.lm_head.weight.device))
+            nll, n = self.model.loss(**data.collate(batch, M.embedding(self.model).device))
             total, count = total + nll.item(), count + n
         return total / count if count and math.isfinite(total) else None
 
@@ -201,9 +201,9 @@ def greedy_match(evaluator: Evaluator, name: str, asked: list[Question]) -> list
             pairs.append((i, answer, data.Example(whole, length)))
     batches = data.batches_by_length(pairs, lambda p: len(p[2].ids), 4 * evaluator.batch_size)
     for batch in tqdm(batches, desc=name, leave=False, disable=None):
-        inputs = data.collate([p[2] for p in batch], model.lm_head.weight.device)
+        inputs = data.collate([p[2] for p in batch], M.embedding(model).device)
         hidden, target = model.labelled(inputs["input_ids"], inputs["labels"])
-        hit = (model.lm_head(hidden).argmax(-1) == target).tolist()
+        hit = (model.logits(hidden).argmax(-1) == target).tolist()
         for i, answer, example in batch:
             n = len(example.ids) - example.prompt_length
             here, hit = hit[:n], hit[n:]
@@ -275,7 +275,7 @@ def find_target(target: str, base: str | None = None) -> Target:
     return Target(folder, run, s, about)
 
 
-def load_target(target: Target, dtype: str | None, device: str | None) -> M.Llama:
+def load_target(target: Target, dtype: str | None, device: str | None) -> M.Model:
     """The model, a run's adapters on it; notes in `about` how many parameters were trained.
 
     Adapters are merged in fp32; in bf16 they stay apart, since rounding the merged weight can
@@ -290,7 +290,7 @@ def load_target(target: Target, dtype: str | None, device: str | None) -> M.Llam
         checkpoint.load_adapter(model, target.run / "adapter.safetensors")
         trained = [p for p in model.parameters() if p.requires_grad]
         target.about["trainable"] = sum(p.numel() for p in trained)
-        if model.lm_head.weight.dtype == torch.float32:
+        if M.embedding(model).dtype == torch.float32:
             M.merge(model)
     return model
 
@@ -518,7 +518,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = checkpoint.Tokenizer(target.folder, model.config)
     evaluator = Evaluator(model, tokenizer, args.batch_size, args.max_new_tokens, args.bos,
                           args.scoring)
-    results = about | {"benchmarks": {}, "dtype": str(model.lm_head.weight.dtype),
+    results = about | {"benchmarks": {}, "dtype": str(M.embedding(model).dtype),
                        "batch_size": args.batch_size} | provenance()
     results["benchmarks"] = kept_benchmarks(out, results, list(rows))
     for benchmark in rows:

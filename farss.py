@@ -190,11 +190,10 @@ def sampled_loss(generator: torch.Generator | None = None) -> Loss:
     """
 
     def loss(model: Any, batch: Batch) -> Tensor:
-        predicting, _ = model.labelled(**{k: v for k, v in batch.items() if k != "attention_mask"})
-        logits = at_least_fp32(model.lm_head(predicting))
-        p = logits.detach().softmax(-1)
-        drawn = torch.multinomial(p, 1, generator=generator).squeeze(1)
-        return nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        predicting, _ = model.labelled(**batch)
+        with torch.no_grad():
+            drawn = model.draw(predicting, generator)
+        return model.nll(predicting, drawn)
 
     return loss
 
@@ -228,7 +227,7 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     Yields for each block ({name: (Σ_h, Σ_δ)}, {name: share of the first tokens in Tr Σ_h}); what
     the caller pops from the first dict and drops is freed before the next block begins. Between
     two blocks the model is as it was. `model` offers `enter`, `blocks` and `loss(..., hidden=)`
-    (see model.Llama). Raises ValueError when there is no token or a name stands in no block.
+    (see model.CausalLM). Raises ValueError when there is no token or a name stands in no block.
     """
     by_block: dict[int, list[str]] = {}
     for name in names:

@@ -1,11 +1,23 @@
-"""The decoder that FARSS is applied to, in plain PyTorch, from embedding to greedy decoding.
+"""The models that FARSS is applied to, in plain PyTorch, from embedding to greedy decoding.
 
-    Config       the numbers that a decoder is built from
-    FAMILIES     what its config.json may leave out, by model_type
-    Llama        embed -> [RMSNorm -> attention -> RMSNorm -> SwiGLU] x L -> RMSNorm -> lm_head
+    Config       the numbers that a model is built from
+    FAMILIES     by model_type: what its config.json may leave out, and the flags of the decoder
+    CausalLM     embed -> [norm -> attention -> norm -> gated MLP] x L -> norm -> lm_head
+    Roberta      embed -> [attention -> norm -> MLP -> norm] x L -> first token -> classifier
     LoRALinear   y = W_res x + scaling * B A x          (Eq. 1; W_res = W for plain LoRA)
     attach       adapters onto a model, whose function stays what it was; merge folds them in
     generate     batched greedy decoding with a key-value cache
+
+One decoder computes llama (Llama 2 and 3, SmolLM2), mistral and gemma2; what sets them apart:
+
+    model_type   norm            MLP           attention, causal            besides
+    llama        w x             SiLU gated    grouped queries, rotary      Llama 3.1: scaled rotary
+    mistral      w x             SiLU gated    v0.1: the last 4096 keys     -
+    gemma2       (1 + w) x, and  GELU (tanh)   every other block the last   embedding * √d; logits
+                 behind each     gated         4096 keys; scores soft-      soft-capped
+                 branch, too                   capped, / √query_pre_attn_scalar
+    roberta      LayerNorm       GELU, not     both ways, biases            learnt positions; a head
+                 behind a branch gated                                      of dense -> tanh -> out
 
 Tensors in, tensors out: what reads and writes files is checkpoint.py. Module names are Hugging
 Face's (`model.layers.0.self_attn.q_proj`), so loading is a checked `load_state_dict` and an adapter
@@ -15,10 +27,12 @@ Shapes: b sequences, t tokens, d = hidden_size, V = vocab_size; a linear layer i
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +40,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a position that carries no loss, as in torch's cross_entropy
-Context = tuple[Tensor, Tensor, Tensor | None]  # cos, sin, mask: what every block takes beside x
+# What every block takes beside x: cos, sin, mask, and the mask of blocks with a window.
+Context = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 # ------------------------------------------------------------------------------- configuration
 
 
+Probability = Annotated[float, "in [0, 1)"]
+Count = Annotated[int | None, "a positive whole number or null"]
+
+
 @dataclass(frozen=True)
 class Config:
-    """The fields of config.json that the model reads; names are Hugging Face's."""
+    """The fields of config.json that the models read; names are Hugging Face's."""
 
     vocab_size: int
     hidden_size: int
@@ -48,28 +67,91 @@ class Config:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     model_type: str = "llama"
+    # Mistral v0.1 and Gemma 2
+    sliding_window: Count = None  # keys that a query sees, its own among them; None: all
+    # Gemma 2
+    query_pre_attn_scalar: Count = None  # scores are divided by its root; None: head_dim
+    attn_logit_softcapping: float | None = None  # c: x -> c tanh(x / c)
+    final_logit_softcapping: float | None = None
+    # RoBERTa
+    layer_norm_eps: float = 1e-5
+    type_vocab_size: int = 1
+    pad_token_id: int | None = None  # positions count from the one behind it
+    hidden_dropout_prob: Probability = 0.0
+    attention_probs_dropout_prob: Probability = 0.0
+    classifier_dropout: Probability | None = None  # None: hidden_dropout_prob
+    labels: tuple[str, ...] = ()  # names of the classes; a single one: a number is predicted
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: with learnt positions a limit, else what it was made
+        for."""
+        if FAMILIES[self.model_type].encoder:
+            return self.max_position_embeddings - first_position(self)
+        return self.max_position_embeddings
 
 
 class Family(NamedTuple):
-    """A model_type: its class in transformers, and what config.json may leave out."""
+    """A model_type: its class in transformers, what config.json may leave out, its flags."""
 
     architecture: str
     defaults: dict[str, Any]  # transformers' own; None where other fields decide
+    targets: dict[str, tuple[str, ...]]  # named sets of linear layers to adapt; the first is usual
+    needless: dict[str, str]  # patterns of stored tensors that the model does without, and why
+    encoder: bool = False  # Roberta, not CausalLM
+    one_plus_norm: bool = False  # RMSNorm multiplies by 1 + w, in fp32
+    norm_behind: bool = False  # a norm behind attention and MLP, too, before the residual sum
+    scaled_embedding: bool = False  # by √d, rounded to the model's dtype
+    window_every: int = 1  # of so many blocks the first has the sliding window
     harness_bos: bool = False  # whether lm_eval puts BOS before a question (on Gemma alone)
 
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+# A.2.1 adapts all seven, Table 9 (commonsense) five.
+DECODER_TARGETS = {
+    "seven": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "five": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")}
+# Section 4.2 adapts "all linear modules except the classification head", six; A.4.1 names four.
+# The baselines' 21M of Table 3 are six, FARSS's 10M only fit four.
+ENCODER_TARGETS = {
+    "six": ("query", "key", "value", "attention.output.dense", "intermediate.dense",
+            "output.dense"),
+    "four": ("query", "value", "attention.output.dense", "intermediate.dense")}
+
+DECODER_NEEDLESS = {r".*rotary_emb\.inv_freq": "the model computes it"}
+ENCODER_NEEDLESS = {r"roberta\.embeddings\.position_ids": "the model computes it",
+                    r"lm_head\..*": "the head of the masked language model",
+                    r"roberta\.pooler\..*": "the head has its own dense layer"}
 
 LLAMA = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6,
              rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=False,
              attention_bias=False, mlp_bias=False, max_position_embeddings=2048,
              bos_token_id=None, eos_token_id=2)
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", LLAMA),
-    "mistral": Family("MistralForCausalLM", LLAMA | dict(
-        num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)),
+    "llama": Family("LlamaForCausalLM", LLAMA, DECODER_TARGETS, DECODER_NEEDLESS),
+    "mistral": Family("MistralForCausalLM", {k: v for k, v in LLAMA.items() if "bias" not in k}
+                      | dict(num_key_value_heads=8, max_position_embeddings=131072,
+                             sliding_window=4096), DECODER_TARGETS, DECODER_NEEDLESS),
+    "gemma2": Family("Gemma2ForCausalLM", dict(
+        num_key_value_heads=4, head_dim=256, hidden_activation="gelu_pytorch_tanh",
+        rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=True,
+        attention_bias=False, max_position_embeddings=8192, bos_token_id=2, eos_token_id=1,
+        pad_token_id=0, sliding_window=4096, query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0), DECODER_TARGETS,
+        DECODER_NEEDLESS,
+        one_plus_norm=True, norm_behind=True, scaled_embedding=True, window_every=2,
+        harness_bos=True),
+    "roberta": Family("RobertaForSequenceClassification", dict(
+        hidden_act="gelu", layer_norm_eps=1e-12, max_position_embeddings=512, type_vocab_size=2,
+        pad_token_id=1, bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1, classifier_dropout=None), ENCODER_TARGETS,
+        ENCODER_NEEDLESS, encoder=True),
 }
 
 # ------------------------------------------------------------------- precision and train mode
@@ -96,17 +178,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square in fp32 whatever the model's dtype."""
+    """x / rms(x) * weight, the mean square in fp32 whatever the model's dtype.
 
-    def __init__(self, width: int, eps: float):
+    With one_plus (Gemma) x / rms(x) * (1 + weight), all of it in fp32.
+    """
+
+    def __init__(self, width: int, eps: float, one_plus: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width) if one_plus else torch.ones(width))
+        self.eps, self.one_plus = eps, one_plus
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = at_least_fp32(x)
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.one_plus:
+            return (normed * (1 + at_least_fp32(self.weight))).to(x.dtype)
         return self.weight * normed.to(x.dtype)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap), which stays below cap; x itself without one."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
@@ -155,6 +247,25 @@ class KVCache:
                 store[i] = tensor[rows]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+           cap: float | None) -> Tensor:
+    """softmax(soft_cap(scale q kᵀ)) v, causal: (b, heads, t, head_dim), as q is.
+
+    mask (b, 1, t, T) bool says which keys a query sees; None: all up to its own position. No fused
+    kernel knows the soft cap, so with one the scores (b, heads, t, T) are formed.
+    """
+    t, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, scale=scale,
+            enable_gqa=groups > 1)
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if mask is None:
+        mask = torch.ones(t, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - t)
+    scores = soft_cap(q @ k.transpose(2, 3) * scale, cap).masked_fill(~mask, -math.inf)
+    return at_least_fp32(scores).softmax(-1).to(q.dtype) @ v
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
@@ -162,6 +273,8 @@ class Attention(nn.Module):
         super().__init__()
         d, width, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.block, self.head_dim = block, width
+        self.scale = (config.query_pre_attn_scalar or width) ** -0.5
+        self.cap = config.attn_logit_softcapping
         self.q_proj = nn.Linear(d, config.num_attention_heads * width, bias=bias)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * width, bias=bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * width, bias=bias)
@@ -177,40 +290,51 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.block, k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and t > 1,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        y = attend(q, k, v, mask, self.scale, self.cap)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """down(act(gate x) * up x): SwiGLU, or GeGLU in Gemma."""
 
     def __init__(self, config: Config):
         super().__init__()
         d, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.act = ACTIVATIONS[config.hidden_act]
         self.gate_proj = nn.Linear(d, width, bias=bias)
         self.up_proj = nn.Linear(d, width, bias=bias)
         self.down_proj = nn.Linear(width, d, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """One decoder layer, pre-norm."""
+    """One decoder layer, pre-norm; in Gemma 2 with a norm behind each branch, too."""
 
     def __init__(self, config: Config, block: int):
         super().__init__()
+        family = FAMILIES[config.model_type]
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, family.one_plus_norm)
+        self.windowed = block % family.window_every == 0
+        self.norm_behind = family.norm_behind
         self.self_attn = Attention(config, block)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()  # before the MLP, or in Gemma 2 behind attention
+        if self.norm_behind:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
-                cache: KVCache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+                window_mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        mask = window_mask if self.windowed else mask
+        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        if self.norm_behind:
+            x = x + self.post_attention_layernorm(y)
+            y = self.mlp(self.pre_feedforward_layernorm(x))
+            return x + self.post_feedforward_layernorm(y)
+        x = x + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -223,7 +347,9 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        family = FAMILIES[config.model_type]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, family.one_plus_norm)
+        self.embedding_scale = config.hidden_size**0.5 if family.scaled_embedding else None
 
     def enter(self, input_ids: Tensor, attention_mask: Tensor | None = None,
               cache: KVCache | None = None) -> tuple[Tensor, Context]:
@@ -235,10 +361,14 @@ class Decoder(nn.Module):
         """
         b, t = input_ids.shape
         start = cache.length if cache is not None else 0
-        if attention_mask is None and start and t > 1:
-            # is_causal lines queries up with the first keys; here they are the last.
+        window = self.config.sliding_window
+        narrow = window is not None and start + t > window  # the window leaves keys out
+        if attention_mask is None and (narrow or (start and t > 1)):
+            # is_causal knows no window, and lines queries up with the first keys, not the last.
             attention_mask = input_ids.new_ones(b, start + t)
         x = self.embed_tokens(input_ids)
+        if self.embedding_scale is not None:
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype, device=x.device)
         if attention_mask is None:
             position = torch.arange(start, start + t, device=x.device)[None]
         else:
@@ -247,34 +377,47 @@ class Decoder(nn.Module):
         angle = torch.cat((angle, angle), dim=-1)[:, None]  # (b or 1, 1, t, head_dim)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         mask = None if attention_mask is None else causal_mask(attention_mask, t)
-        return x, (cos, sin, mask)
+        if attention_mask is None or not narrow:
+            return x, (cos, sin, mask, mask)
+        return x, (cos, sin, mask, causal_mask(attention_mask, t, window))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:
         """Hidden states (b, t, d) of input_ids (b, t) after the last block and its norm."""
         x, context = self.enter(input_ids, attention_mask, cache)
+        if cache is None:
+            return self.norm(run_blocks(self, self.layers, x, context))
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training and cache is None:
-                x = checkpoint(layer, x, *context, use_reentrant=False)
-            else:
-                x = layer(x, *context, cache)
-        if cache is not None:
-            cache.length += input_ids.shape[1]
+            x = layer(x, *context, cache)
+        cache.length += input_ids.shape[1]
         return self.norm(x)
 
 
-def causal_mask(attention_mask: Tensor, t: int) -> Tensor:
+def run_blocks(stack: Any, blocks: Iterable[nn.Module], x: Tensor, context: Sequence) -> Tensor:
+    """x through all blocks; where the stack says so, what is inside them is computed again in the
+    backward pass."""
+    for block in blocks:
+        if stack.gradient_checkpointing and stack.training:
+            x = checkpoint(block, x, *context, use_reentrant=False)
+        else:
+            x = block(x, *context)
+    return x
+
+
+def causal_mask(attention_mask: Tensor, t: int, window: int | None = None) -> Tensor:
     """(b, 1, t, T) bool: which of T keys each of the last t positions may attend to.
 
-    A padded position sees itself, since a softmax over nothing is NaN.
+    With a window only the last so many, its own among them. A padded position sees itself, since
+    a softmax over nothing is NaN.
     """
     total = attention_mask.shape[1]
     key = torch.arange(total, device=attention_mask.device)
     query = key[total - t :, None]
-    return (key <= query) & (attention_mask[:, None, None].bool() | (key == query))
+    seen = key <= query if window is None else (key <= query) & (key > query - window)
+    return seen & (attention_mask[:, None, None].bool() | (key == query))
 
 
-class Llama(nn.Module):
+class CausalLM(nn.Module):
     """Causal language model; `model(input_ids, attention_mask=None)` gives logits (b, t, V).
 
     Besides, it lets itself be run block by block (farss.sweep): `enter` gives what goes into
@@ -291,11 +434,20 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.lm_head(self.model(input_ids, attention_mask))
+        return self.logits(self.model(input_ids, attention_mask))
+
+    @property
+    def body(self) -> Decoder:
+        """Everything below the head."""
+        return self.model
 
     @property
     def blocks(self) -> nn.ModuleList:
         return self.model.layers
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) of hidden states (..., d) behind the last norm."""
+        return soft_cap(self.lm_head(hidden), self.config.final_logit_softcapping)
 
     def enter(self, batch: dict[str, Tensor]) -> tuple[Tensor, Context]:
         """Hidden state before the first block, and context, of a batch padded on the right."""
@@ -314,7 +466,7 @@ class Llama(nn.Module):
         """
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("the loss takes batches padded on the right")
-        predicting, target = self.labelled(input_ids, labels, hidden)
+        predicting, target = self.labelled(input_ids, labels, hidden=hidden)
         rows = max(1, 2**26 // self.config.vocab_size)
         if len(target) <= rows:
             return self.nll(predicting, target), len(target)
@@ -322,37 +474,266 @@ class Llama(nn.Module):
         return sum(checkpoint(self.nll, h, y, use_reentrant=False) for h, y in chunks), len(target)
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
-        logits = at_least_fp32(self.lm_head(hidden))
-        return F.cross_entropy(logits, target, reduction="sum")
+        """Summed -log p of the tokens `target` (P,) after hidden states (P, d), a scalar."""
+        return F.cross_entropy(at_least_fp32(self.logits(hidden)), target, reduction="sum")
 
-    def labelled(self, input_ids: Tensor, labels: Tensor,
+    def draw(self, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A token (P,) from the model's own distribution after each hidden state (P, d)."""
+        p = at_least_fp32(self.logits(hidden)).softmax(-1)
+        return torch.multinomial(p, 1, generator=generator).squeeze(1)
+
+    def labelled(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
                  hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states (P, d) that predict the P labelled tokens, and those tokens (P,)."""
+        """Hidden states (P, d) that predict the P labelled tokens, and those tokens (P,).
+
+        The attention mask has no use, as in `loss`.
+        """
         target = labels[:, 1:]
         keep = target != IGNORE
         x = self.model(input_ids) if hidden is None else self.model.norm(hidden)
         return x[:, :-1][keep], target[keep]
 
 
-def empty(config: Config) -> Llama:
+# --------------------------------------------------------------------------------------- RoBERTa
+
+
+def first_position(config: Config) -> int:
+    """RoBERTa counts positions from the one behind the padding's."""
+    return (config.pad_token_id or 0) + 1
+
+
+class Embeddings(nn.Module):
+    """Word + position + token type, then LayerNorm."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        d = config.hidden_size
+        self.first, self.dropout = first_position(config), config.hidden_dropout_prob
+        self.word_embeddings = nn.Embedding(config.vocab_size, d)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, d)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, d)
+        self.LayerNorm = nn.LayerNorm(d, config.layer_norm_eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(b, t, d). Real tokens are counted from `first` on, padding has the position before."""
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        position = real.cumsum(-1) * real + self.first - 1
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
+        x = self.LayerNorm(x + self.position_embeddings(position))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class SelfAttention(nn.Module):
+    """Attention in both directions."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        d = config.hidden_size
+        self.head_dim, self.dropout = config.head_dim, config.attention_probs_dropout_prob
+        self.query, self.key, self.value = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = (proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)
+                   for proj in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return y.transpose(1, 2).reshape(b, t, d)
+
+
+class AddAndNorm(nn.Module):
+    """The end of a branch: LayerNorm(x + dropout(dense(y)))."""
+
+    def __init__(self, width: int, config: Config):
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = config.hidden_dropout_prob
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.LayerNorm(x + F.dropout(self.dense(y), self.dropout, self.training))
+
+
+class EncoderBlock(nn.Module):
+    """One encoder layer, post-norm."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": SelfAttention(config),
+                                        "output": AddAndNorm(config.hidden_size, config)})
+        self.intermediate = nn.ModuleDict({
+            "dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.output = AddAndNorm(config.intermediate_size, config)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, mask), x)
+        return self.output(self.act(self.intermediate["dense"](x)), x)
+
+
+class Blocks(nn.Module):
+    """Holds the name `layer`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.layer = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_hidden_layers))
+
+
+class Encoder(nn.Module):
+    """Everything below the head; holds the names `embeddings` and `encoder.layer`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.embeddings = Embeddings(config)
+        self.encoder = Blocks(config)
+
+    def enter(self, input_ids: Tensor, attention_mask: Tensor | None = None
+              ) -> tuple[Tensor, tuple[Tensor | None]]:
+        """The hidden state (b, t, d) before the first block, and the mask (b, 1, 1, t) of all."""
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        return self.embeddings(input_ids, attention_mask), (mask,)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (b, t, d) of input_ids (b, t), padded on the right."""
+        x, context = self.enter(input_ids, attention_mask)
+        return run_blocks(self, self.encoder.layer, x, context)
+
+
+class ClassificationHead(nn.Module):
+    """out_proj(tanh(dense(x))), with dropout before each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        given = config.classifier_dropout
+        self.dropout = config.hidden_dropout_prob if given is None else given
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, len(config.labels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x.to(self.dense.weight.dtype), self.dropout, self.training)
+        x = torch.tanh(self.dense(x))
+        return self.out_proj(F.dropout(x, self.dropout, self.training))
+
+
+class Roberta(nn.Module):
+    """Classifier of texts and pairs; `model(input_ids, attention_mask=None)` gives scores
+    (b, labels). With a single label it predicts a number.
+
+    The same `enter`, `blocks`, `labelled`, `loss` as CausalLM's let farss.sweep run it.
+    """
+
+    whole = ("classifier",)  # what trains in full beside adapters, since it starts from nothing
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.roberta = Encoder(config)
+        self.classifier = ClassificationHead(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.logits(self.roberta(input_ids, attention_mask)[:, 0])
+
+    @property
+    def body(self) -> Encoder:
+        """Everything below the head."""
+        return self.roberta
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.roberta.encoder.layer
+
+    def enter(self, batch: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor | None]]:
+        """Hidden state before the first block, and context, of a batch padded on the right."""
+        return self.roberta.enter(batch["input_ids"], batch["attention_mask"])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (b, labels) of the first tokens' hidden states (b, d)."""
+        return self.classifier(hidden)
+
+    def loss(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
+             hidden: Tensor | None = None) -> tuple[Tensor, int]:
+        """(summed loss, number of sequences): cross entropy in nats of labels (b,), classes; with
+        a single label the squared error of labels (b,), numbers. `hidden` as in CausalLM.loss."""
+        predicting, target = self.labelled(input_ids, labels, attention_mask, hidden)
+        return self.nll(predicting, target), len(target)
+
+    def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """The summed loss of `target` (b,) for the first tokens' hidden states (b, d)."""
+        scores = at_least_fp32(self.logits(hidden))
+        if scores.shape[1] == 1:
+            return F.mse_loss(scores[:, 0], target.to(scores.dtype), reduction="sum")
+        return F.cross_entropy(scores, target, reduction="sum")
+
+    def draw(self, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Labels (b,) from the model's own distribution: of its classes, or the normal one whose
+        -log is the squared error, which has the variance 1/2."""
+        scores = at_least_fp32(self.logits(hidden))
+        if scores.shape[1] == 1:
+            return torch.normal(scores[:, 0], 0.5**0.5, generator=generator)
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
+
+    def labelled(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
+                 hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states (b, d) of the first tokens, from which the head predicts, and labels."""
+        x = self.roberta(input_ids, attention_mask) if hidden is None else hidden
+        return x[:, 0], labels
+
+
+def new_head(config: Config, seed: int) -> dict[str, Tensor]:
+    """A head that knows nothing, by the names of its parameters: weights from N(0, 0.02²), as in
+    transformers, and biases 0."""
+    draw = torch.Generator().manual_seed(seed)
+    head: dict[str, Tensor] = {}
+    for name, m in (("dense", config.hidden_size), ("out_proj", len(config.labels))):
+        weight = torch.empty(m, config.hidden_size).normal_(0, 0.02, generator=draw)
+        head |= {f"classifier.{name}.weight": weight, f"classifier.{name}.bias": torch.zeros(m)}
+    return head
+
+
+# --------------------------------------------------------------------------- either kind of model
+
+Model = CausalLM | Roberta
+
+
+def empty(config: Config) -> Model:
     """The model on the meta device: every name and shape, no memory."""
     with torch.device("meta"):
-        return Llama(config)
+        return (Roberta if FAMILIES[config.model_type].encoder else CausalLM)(config)
+
+
+def embedding(model: Model) -> Tensor:
+    """The word embedding (V, d), whose device and dtype are the model's."""
+    return next(model.parameters())
+
+
+def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that train in full beside adapters: RoBERTa's head; none in a decoder."""
+    whole = getattr(model, "whole", ())
+    return {n: p for n, p in model.named_parameters() if n.split(".")[0] in whole}
+
+
+def place(name: str) -> str:
+    """A layer's name within its block: mlp.up_proj; the whole name of one outside the blocks."""
+    return re.sub(r"^(?:.*\.)?layers?\.\d+\.", "", name)
 
 
 def linear_names(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Names of the linear layers whose last part is in `targets`, in the model's order.
+    """Names of the linear layers that `targets` mean, in the model's order.
 
-    Raises ValueError for a target that no block has.
+    A target is a layer's name within its block or the last part of it: q_proj, output.dense.
+    Layers that train in full take no adapter. Raises ValueError for a target that is none.
     """
-    targets = list(targets)
-    named = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))]
-    missing = [t for t in targets if not any(n.rsplit(".", 1)[-1] == t for n in named)]
+    targets, whole = list(targets), getattr(model, "whole", ())
+    named = {n: {place(n), n.rsplit(".", 1)[-1]} for n, m in model.named_modules()
+             if isinstance(m, (nn.Linear, LoRALinear)) and n.split(".")[0] not in whole}
+    missing = [t for t in targets if not any(t in called for called in named.values())]
     if missing:
-        leaves = sorted({n.rsplit(".", 1)[-1] for n in named} - {"lm_head"})
+        leaves = sorted({place(n) if n.endswith(".dense") else n.rsplit(".", 1)[-1]
+                         for n in named} - {"lm_head"})
         raise ValueError(f"no linear layer is called {', '.join(missing)}; there are: "
                          + ", ".join(leaves))
-    return [n for n in named if n.rsplit(".", 1)[-1] in targets]
+    return [n for n, called in named.items() if not called.isdisjoint(targets)]
 
 
 def linear_shapes(model: nn.Module, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -414,12 +795,15 @@ def attach(model: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]], scaling
     """Put an adapter {name: (A, B)} on each named nn.Linear; the model's function is unchanged.
 
     residual="split" stores W_res = W - scaling * B A in W's dtype (the paper), "exact" keeps W
-    (see LoRALinear). All other parameters are frozen. Returns for each layer the part of the
-    adapter that rounding W_res lost: ||W_res + scaling * B A - W|| / ||scaling * B A||, 0 where
-    B A = 0. In bf16 a split-off bottom direction can be smaller than W's last bit, so this is
-    printed for every run.
+    (see LoRALinear). All other parameters are frozen, but for a classification head, which trains
+    in full, in fp32. Returns for each layer the part of the adapter that rounding W_res lost:
+    ||W_res + scaling * B A - W|| / ||scaling * B A||, 0 where B A = 0. In bf16 a split-off bottom
+    direction can be smaller than W's last bit, so this is printed for every run.
     """
     model.requires_grad_(False)
+    for p in whole_parameters(model).values():
+        p.data = at_least_fp32(p.data)  # as A and B: AdamW's steps would round away in bf16
+        p.requires_grad_(True)
     lost = {}
     for name, (A, B) in adapters.items():
         linear = model.get_submodule(name)
@@ -464,7 +848,7 @@ def merge(model: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def generate(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+def generate(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int,
              eos_ids: Iterable[int] = (), stop: Callable[[list[int]], bool] | None = None,
              ) -> list[list[int]]:
     """Greedy continuation of each prompt: a list of new token ids, at most max_new_tokens.
@@ -472,12 +856,15 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
     Prompts are padded on the left, so that all rows end together. A row is finished by a token
     of `eos_ids` (which is not returned) or when `stop(new_ids)` is true; finished rows leave
     the batch. Apart from ties in the last bit of a logit, each row is what it would be alone.
+    Raises ValueError for an empty prompt, and for an encoder, which continues nothing.
     """
+    if not isinstance(model, CausalLM):
+        raise ValueError(f"a {model.config.model_type} model does not generate text")
     if not all(prompts):
         raise ValueError("an empty prompt cannot be continued; give it at least a BOS token")
     if not prompts:
         return []
-    device, eos_ids = model.lm_head.weight.device, set(eos_ids)
+    device, eos_ids = embedding(model).device, set(eos_ids)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     # One mask for the whole run: a column for each new token is real from the start.
@@ -492,7 +879,7 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
     with evaluating(model):
         for _ in range(max_new_tokens):
             seen = mask[:, : cache.length + ids.shape[1]] if padded else None
-            token = model.lm_head(model.model(ids, seen, cache)[:, -1]).argmax(-1)
+            token = model.logits(model.model(ids, seen, cache)[:, -1]).argmax(-1)
             going = []
             for row, t in zip(rows, token.tolist(), strict=True):
                 if t not in eos_ids:

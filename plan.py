@@ -11,10 +11,10 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from checkpoint import free_memory
 from farss import block_index
 from model import Config, empty, linear_shapes
 from settings import DTYPES, LINEARS, Settings, preset
@@ -23,7 +23,6 @@ CALIBRATION_BATCH = 8  # sequences; a constant, so that no number depends on the
 # Linear layers that read the same tensor share one Σ_h: by layer, a name for what it reads.
 READS = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp",
              up_proj="mlp")
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 Shapes = dict[str, tuple[int, int]]  # layer: (m, n)
 
 
@@ -205,18 +204,7 @@ def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: 
 
 def device_memory(device: str | None) -> float:
     """Free bytes on the device; without one (a plan), the paper's 80 GB GPU."""
-    if device is None:
-        return 80e9
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    free = 8e9  # macOS does not say
-    if MEMINFO.exists():  # not MemFree: what only caches files counts as free
-        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        free = 1024.0 * int(lines["MemAvailable"].split()[0])
-    most, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if most.exists() and most.read_text().strip() != "max":  # a container's limit
-        free = min(free, float(most.read_text()) - float(used.read_text()))
-    return free
+    return 80e9 if device is None else free_memory(device)
 
 
 def memory_used(device: str) -> float:

@@ -58,7 +58,7 @@ Adapters = dict[str, tuple[Tensor, Tensor]]  # layer: A, B
 # ------------------------------------------------------------------------------- initialisation
 
 
-def initialise(model: M.Llama, s: Settings, examples: list[data.Example]
+def initialise(model: M.Model, s: Settings, examples: list[data.Example]
                ) -> tuple[Adapters, dict]:
     """Attach the method's adapters, or free all weights where it trains those.
 
@@ -74,7 +74,7 @@ def initialise(model: M.Llama, s: Settings, examples: list[data.Example]
     return {n: (A, B) for n, (A, B) in adapters.items() if B.any()}, report
 
 
-def start_alone(model: M.Llama, s: Settings, examples: list[data.Example]
+def start_alone(model: M.Model, s: Settings, examples: list[data.Example]
                 ) -> tuple[Adapters, dict]:
     """Adapters of a method that needs the weights only, and what ranks.json says of them."""
     start, draw = s.how.start, torch.Generator().manual_seed(s.seed)
@@ -86,7 +86,7 @@ def start_alone(model: M.Llama, s: Settings, examples: list[data.Example]
     return adapters, {"layers": {n: {"r": A.shape[0]} for n, (A, _) in adapters.items()}}
 
 
-def start_from_fisher(model: M.Llama, s: Settings, examples: list[data.Example]
+def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
                       ) -> tuple[Adapters, dict]:
     """FARSS's adapters from a draw of the examples, and what ranks.json says of them."""
     picked = [examples[i] for i in data.draw(len(examples), s.calibration, s.seed + 1)]
@@ -181,7 +181,7 @@ def load_checkpoint(path: Path, trained: dict[str, nn.Parameter],
     return step
 
 
-def train_step(model: M.Llama, batch: list[data.Example], s: Settings,
+def train_step(model: M.Model, batch: list[data.Example], s: Settings,
                optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]
                ) -> tuple[float, float, int]:
     """One AdamW step on the mean loss of the batch's response tokens and the method's penalty:
@@ -208,7 +208,7 @@ def train_step(model: M.Llama, batch: list[data.Example], s: Settings,
     return total, norm, sum(len(e.ids) for e in batch)
 
 
-def train(model: M.Llama, s: Settings, examples: list[data.Example], run: Path) -> bool:
+def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path) -> bool:
     """The loop; True when all steps are done, False when it was asked to stop (and saved).
 
     Continues from the newest checkpoint in run/checkpoint. Ctrl-C or SIGTERM finish the step
@@ -218,7 +218,7 @@ def train(model: M.Llama, s: Settings, examples: list[data.Example], run: Path) 
     optimizer = torch.optim.AdamW(trained.values(), lr=s.lr, weight_decay=s.weight_decay)
     per_epoch = math.ceil(len(examples) / s.batch_size)
     steps = s.steps or s.epochs * per_epoch
-    model.model.gradient_checkpointing = s.checkpointing
+    model.body.gradient_checkpointing = s.checkpointing
     model.train()
     torch.manual_seed(s.seed)
     saved = newest_checkpoint(run)

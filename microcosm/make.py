@@ -40,7 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project
 from checkpoint import Tokenizer, UserError, atomic, load, save, save_json
 from data import PROMPT
-from model import IGNORE, Config, Llama, generate
+from model import IGNORE, CausalLM, Config, Model, generate
 from settings import Parser, fail, run_main
 
 # ----------------------------------------------------------------------------------------- world
@@ -371,7 +371,7 @@ STEPS = 1500
 
 
 def pretrain(people: list[Person], tokenizer: HFTokenizer, steps: int, seed: int
-             ) -> tuple[Llama, list[float]]:
+             ) -> tuple[CausalLM, list[float]]:
     """A model that has read `steps` batches of documents, and its loss on each (nats a token)."""
     torch.set_num_threads(1)  # threads share out the sums: the bits would depend on their number
     model = new_model(tokenizer, seed)
@@ -396,7 +396,7 @@ def pretrain(people: list[Person], tokenizer: HFTokenizer, steps: int, seed: int
     return model, losses
 
 
-def new_model(tokenizer: HFTokenizer, seed: int) -> Llama:
+def new_model(tokenizer: HFTokenizer, seed: int) -> CausalLM:
     """An untrained Llama of 1.4 million weights, deep and narrow.
 
     Twelve blocks, so that "shallow" and "deep" mean something; random weights of a size that
@@ -407,7 +407,7 @@ def new_model(tokenizer: HFTokenizer, seed: int) -> Llama:
                     head_dim=24, rms_norm_eps=1e-5, max_position_embeddings=256,
                     bos_token_id=BOS_ID, eos_token_ids=(EOS_ID,))
     torch.manual_seed(seed)
-    model = Llama(config)
+    model = CausalLM(config)
     branches = 2 * config.num_hidden_layers  # that add their output to the residual stream
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -466,7 +466,7 @@ def pack(encoded: Iterator[list[int]], waiting: list[list[int]]) -> list[int]:
 # ----------------------------------------------------------------------------------------- files
 
 
-def write(folder: Path, people: list[Person], tokenizer: HFTokenizer, model: Llama | None,
+def write(folder: Path, people: list[Person], tokenizer: HFTokenizer, model: CausalLM | None,
           seed: int) -> None:
     """Everything, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -510,7 +510,7 @@ def check(folder: Path) -> None:
              "measure of forgetting", code=1)
 
 
-def answers_right(model: Llama, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:
+def answers_right(model: Model, tokenizer: Tokenizer, rows: list[dict]) -> list[bool]:
     """For each question, whether the greedy answer is the right one, word for word."""
     prompts = [tokenizer.encode(prompt(row["question"])) for row in rows]
     outputs = generate(model, prompts, 6, tokenizer.eos_ids)  # the longest, a year, has 4 tokens

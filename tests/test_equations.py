@@ -68,13 +68,19 @@ class TokenNet(nn.Module):
             self.fc.weight.copy_(random(m, n, seed=8) / 2)
             self.lm_head.weight.copy_(2 * random(classes, m, seed=9))
 
-    def labelled(self, input_ids, labels):
+    def labelled(self, input_ids, labels, attention_mask=None):
         keep = labels != M.IGNORE
         return self.fc(self.table[input_ids]).tanh()[keep], labels[keep]
 
     def loss(self, input_ids, labels, attention_mask=None):
         hidden, target = self.labelled(input_ids, labels)
-        return F.cross_entropy(self.lm_head(hidden), target, reduction="sum"), len(target)
+        return self.nll(hidden, target), len(target)
+
+    def nll(self, hidden, target):
+        return F.cross_entropy(self.lm_head(hidden), target, reduction="sum")
+
+    def draw(self, hidden, generator):
+        return torch.multinomial(self.lm_head(hidden).softmax(-1), 1, generator=generator)[:, 0]
 
 
 def batch(ids, labels):

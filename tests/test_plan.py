@@ -130,7 +130,7 @@ def test_what_a_block_keeps_is_estimated_within_a_tenth(method, dtype):
     for blocks in (2, 4):
         torch.manual_seed(0)
         config = M.Config(64, 256, 688, blocks, 4, 4, 64)
-        model = M.Llama(config).to(s.master_dtype)
+        model = M.CausalLM(config).to(s.master_dtype)
         train.initialise(model, s, [])
         known = {p.untyped_storage().data_ptr() for p in model.parameters()}
         sizes = {}
@@ -150,10 +150,10 @@ def test_what_a_block_keeps_is_estimated_within_a_tenth(method, dtype):
 
 
 def test_free_memory_counts_caches_and_a_containers_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(P, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(P, "CGROUP", tmp_path)
+    monkeypatch.setattr(C, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(C, "CGROUP", tmp_path)
     assert P.device_memory("cpu") == 8e9  # a system that does not say
-    P.MEMINFO.write_text("MemTotal: 100 kB\nMemFree:  1 kB\nMemAvailable:   60 kB\n")
+    C.MEMINFO.write_text("MemTotal: 100 kB\nMemFree:  1 kB\nMemAvailable:   60 kB\n")
     assert P.device_memory("cpu") == 60 * 1024
     (tmp_path / "memory.max").write_text("max\n")
     assert P.device_memory("cpu") == 60 * 1024

@@ -355,20 +355,20 @@ def test_runs_are_reproducible_and_seeds_differ(here):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(here, monkeypatch, capsys):
-    inner, count = M.Llama.loss, [0]
+    inner, count = M.CausalLM.loss, [0]
 
     def poisoned(self, *args, **kwargs):
         loss, n = inner(self, *args, **kwargs)
         count[0] += self.training
         return (loss * float("nan") if self.training and count[0] == 5 else loss), n
 
-    monkeypatch.setattr(M.Llama, "loss", poisoned)
+    monkeypatch.setattr(M.CausalLM, "loss", poisoned)
     with pytest.raises(SystemExit) as stop:
         train.main([*SMALL, "--save-every", "2"])
     assert stop.value.code == 1
     err = capsys.readouterr().err
     assert "step 5: loss nan" in err and "step-000004.safetensors" in err
-    monkeypatch.setattr(M.Llama, "loss", inner)
+    monkeypatch.setattr(M.CausalLM, "loss", inner)
     train.main(["--resume", "runs/tiny-math-farss-s0"])
 
 

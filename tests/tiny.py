@@ -34,10 +34,10 @@ KINDS = {
 }
 
 
-def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> M.Llama:
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> M.CausalLM:
     """A random Llama; the weights are large enough for logits that are not all alike."""
     torch.manual_seed(seed)
-    model = M.Llama(M.Config(**(TINY | settings)))
+    model = M.CausalLM(M.Config(**(TINY | settings)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
