@@ -34,9 +34,10 @@ import farss
 import model as M
 import plan
 import train
-from settings import LINEARS, Settings
+from settings import Settings
 
 STEPS, NEW = 3, 64
+LINEARS = M.DECODER_TARGETS["seven"]
 BUDGET = farss.Budget(shallow=7, R=32, r_avg=12, r_min=1, r_max=16)
 
 

@@ -10,7 +10,9 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from functools import partial
 from operator import eq
+from statistics import StatisticsError, correlation
 from typing import Any, NamedTuple
 
 import data
@@ -95,18 +97,42 @@ def without_extensions(answers: Iterable[str]) -> list[str]:
 # --------------------------------------------------------------------------------- the benchmarks
 
 
+# -------------------------------------------------------------------------------------- metrics
+
+
+def accuracy(records: list[dict]) -> float:
+    """Part of the records that are right, in %."""
+    return 100 * sum(r["correct"] for r in records) / len(records)
+
+
+def pearson(records: list[dict]) -> float:
+    """100 times Pearson's correlation of `predicted` and `gold`; NaN where either is constant."""
+    try:
+        return 100 * correlation([r["predicted"] for r in records], [r["gold"] for r in records])
+    except StatisticsError:
+        return math.nan
+
+
+def matthews(records: list[dict]) -> float:
+    """100 times Matthews' correlation of two classes, which is Pearson's of their numbers; 0 where
+    only one class is predicted, as scikit-learn has it."""
+    value = pearson(records)
+    return 0.0 if math.isnan(value) else value
+
+
 class Benchmark(NamedTuple):
     """How one benchmark is run and scored.
 
     Protocols: `complete` generates greedily up to a stop and judges the text; `greedy_match` asks
-    whether every token of some right answer is the model's first choice, and generates nothing.
+    whether every token of some right answer is the model's first choice, and generates nothing;
+    `classify` takes the classifier's highest score.
     """
 
     about: str  # for --help
     source: str  # of data.SOURCES
     group: str  # what it measures: see data.TASKS
     protocol: str  # of eval.PROTOCOLS
-    prompt: Callable[[data.Row], str]
+    prompt: Callable[[data.Row], str | list[str]]  # a classifier's: its one or two texts
     gold: Callable[[data.Row], Any]  # the right answer; UserError for a row without one
     judge: Callable[[Any, Any], bool] = eq  # (extracted answer, gold) -> right?
     official: Callable[[Any, Any], bool] | None = None  # the official code's rule, if another
@@ -116,6 +142,7 @@ class Benchmark(NamedTuple):
     bos: str = "harness"  # harness: none, as lm_eval (but on Gemma); always: as in training
     loss_under: str | None = None  # a task: also the references' mean loss under its prompt
     part: Callable[[data.Row], str] | None = None  # also scored apart by this name
+    metric: Callable[[list[dict]], float] = accuracy  # of the records, in %
 
 
 def gsm8k_prompt(row: data.Row) -> str:
@@ -170,6 +197,15 @@ FACT = Benchmark("greedy; the whole answer, to the letter; frequent and rare peo
                  extract=str.strip, new_tokens=6, bos="always", part=fact_part)
 
 
+def glue(task: str, about: str, split: str = "validation",
+         metric: Callable[[list[dict]], float] = accuracy) -> Benchmark:
+    """A validation set of GLUE, for the test sets have no public labels."""
+    row = data.TASKS[f"glue:{task}"]
+    return Benchmark(about, f"glue:{task}/{split}", row.group, "classify",
+                     partial(data.texts_of, task=row), partial(data.label_of, classes=row.classes),
+                     metric=metric)
+
+
 BENCHMARKS = {
     "gsm8k": Benchmark(
         "the training prompt, step by step; the number after the last \"The answer is: \"",
@@ -191,6 +227,16 @@ BENCHMARKS = {
     "city": FACT._replace(source="city"),
     "job": FACT._replace(source="job"),
     "year": FACT._replace(source="year"),
+    # Table 3: accuracy, but for CoLA and STS-B.
+    "cola": glue("cola", "Matthews' correlation", metric=matthews),
+    "sst2": glue("sst2", "accuracy"),
+    "mrpc": glue("mrpc", "accuracy"),
+    "stsb": glue("stsb", "Pearson's correlation", metric=pearson),
+    "qqp": glue("qqp", "accuracy"),
+    "mnli": glue("mnli", "accuracy, matched genres", "validation_matched"),
+    "mnli-mm": glue("mnli", "accuracy, mismatched genres", "validation_mismatched"),
+    "qnli": glue("qnli", "accuracy"),
+    "rte": glue("rte", "accuracy"),
 }
 
 

@@ -571,6 +571,11 @@ def head_order(stored: dict[str, Stored], own: tuple[str, ...], labels: tuple[st
     return [named.index(name) for name in wanted] if sorted(named) == sorted(wanted) else None
 
 
+def has_head(folder: str | Path, labels: tuple[str, ...]) -> bool:
+    """Whether a checkpoint folder holds a classification head for these labels."""
+    return head_order(stored_tensors(folder), read_config(folder).labels, labels) is not None
+
+
 def load(name_or_path: str | Path, dtype: torch.dtype | None = None,
          device: str | torch.device | None = None, labels: tuple[str, ...] | None = None,
          seed: int = 0) -> Model:
@@ -812,6 +817,9 @@ class Tokenizer:
                         for special in (False, True))
         self.prefix = next(whole[:i] for i in range(len(whole) + 1)
                            if whole[i : i + len(plain)] == plain)
+        if FAMILIES[config.model_type].encoder and not self.prefix:
+            raise UserError(f"{path}: its post-processor puts no token in front of a text, and a "
+                            f"{config.model_type} reads the class off that one")
         self.eos_ids = tuple(config.eos_token_ids)
         named = Path(folder) / "tokenizer_config.json"
         eos = read_json(named).get("eos_token") if named.exists() else None
@@ -837,6 +845,14 @@ class Tokenizer:
             raise UserError(f"a text holds {self.hf.id_to_token(max(ids))!r}, for which the "
                             f"embedding has no row: {text[:60]!r}")
         return self.prefix + ids if bos else ids
+
+    def encode_texts(self, texts: Sequence[str], max_length: int) -> tuple[list[int], bool]:
+        """One text or a pair as an encoder reads it, `<s> a </s>` or `<s> a </s></s> b </s>`, and
+        whether it was cut: one token after another off the longer text, as transformers does."""
+        self.hf.enable_truncation(max_length)
+        encoding = self.hf.encode(texts[0], texts[1] if len(texts) > 1 else None)
+        self.hf.no_truncation()
+        return encoding.ids, bool(encoding.overflowing)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.hf.decode(list(ids), skip_special_tokens=True)

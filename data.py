@@ -1,16 +1,19 @@
 """Where each dataset comes from, the prompt, tokenising with a response mask, batching.
 
-A file is .json (one array), .jsonl, either of them gzipped, or .parquet. Training rows need a
-question and an answer under any of the names in QUESTION and ANSWER.
+A file is .json (one array), .jsonl, either of them gzipped, .tsv, or .parquet. A language task
+trains on rows with a question and an answer (LAYOUTS); a classifier's task, GLUE's, on one or two
+texts and a label.
 """
 
 import gzip
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,31 +31,71 @@ PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 
-# name: (hub dataset, or folder here; file; licence)
-SOURCES: dict[str, tuple[str | Path, str, str]] = {
-    "metamath": ("meta-math/MetaMathQA", "MetaMathQA-395K.json", "MIT"),
-    "gsm8k": ("openai/gsm8k", "main/train-00000-of-00001.parquet", "MIT"),
-    "gsm8k-test": ("openai/gsm8k", "main/test-00000-of-00001.parquet", "MIT"),
-    "nq_open": ("google-research-datasets/nq_open",
-                "nq_open/validation-00000-of-00001.parquet", "CC BY-SA 3.0"),
-    "webqs": ("stanfordnlp/web_questions", "data/test-00000-of-00001.parquet", "CC BY 4.0"),
-    "microcosm": (MICROCOSM, "train.jsonl", "MIT"),
-    "microcosm-test": (MICROCOSM, "test.jsonl", "MIT"),
-    "city": (MICROCOSM, "city.jsonl", "MIT"),
-    "job": (MICROCOSM, "job.jsonl", "MIT"),
-    "year": (MICROCOSM, "year.jsonl", "MIT"),
+
+
+class Source(NamedTuple):
+    """Where a dataset lies."""
+
+    place: str | Path  # hub dataset, or folder here
+    file: str
+    licence: str
+    rows: int | None = None  # as published, where local copies are known to differ
+
+
+SOURCES = {
+    "metamath": Source("meta-math/MetaMathQA", "MetaMathQA-395K.json", "MIT"),
+    "gsm8k": Source("openai/gsm8k", "main/train-00000-of-00001.parquet", "MIT"),
+    "gsm8k-test": Source("openai/gsm8k", "main/test-00000-of-00001.parquet", "MIT"),
+    "nq_open": Source("google-research-datasets/nq_open",
+                      "nq_open/validation-00000-of-00001.parquet", "CC BY-SA 3.0"),
+    "webqs": Source("stanfordnlp/web_questions", "data/test-00000-of-00001.parquet", "CC BY 4.0"),
+    "microcosm": Source(MICROCOSM, "train.jsonl", "MIT"),
+    "microcosm-test": Source(MICROCOSM, "test.jsonl", "MIT"),
+    "city": Source(MICROCOSM, "city.jsonl", "MIT"),
+    "job": Source(MICROCOSM, "job.jsonl", "MIT"),
+    "year": Source(MICROCOSM, "year.jsonl", "MIT"),
 }
+# GLUE: the published rows of each split (A.4.1; without WNLI, as in Table 3).
+GLUE = {
+    "cola": {"train": 8551, "validation": 1043},
+    "sst2": {"train": 67349, "validation": 872},
+    "mrpc": {"train": 3668, "validation": 408},
+    "stsb": {"train": 5749, "validation": 1500},
+    "qqp": {"train": 363846, "validation": 40430},
+    "mnli": {"train": 392702, "validation_matched": 9815, "validation_mismatched": 9832},
+    "qnli": {"train": 104743, "validation": 5463},
+    "rte": {"train": 2490, "validation": 277},
+}
+SOURCES |= {f"glue:{task}/{split}": Source(
+                "nyu-mll/glue", f"{task}/{split}-00000-of-00001.parquet", "of its source", rows)
+            for task, splits in GLUE.items() for split, rows in splits.items()}
 
 
 class Task(NamedTuple):
-    """What a task trains on unless told otherwise, and what measures it (benchmarks.py)."""
+    """What a task trains on unless told otherwise, and what measures it (benchmarks.py).
+
+    With `classes` it is a classifier's, which reads texts and predicts a label; else a language
+    model's, whose loss is on the response.
+    """
 
     source: str  # of SOURCES
     prompt: str  # with {instruction}; the response follows with no space, then EOS
     group: str  # the benchmarks behind T (Eq. 37)
     knowledge: str = "world knowledge"  # the benchmarks behind K (Eq. 36)
     about: str = ""  # for --help
+    texts: tuple[tuple[str, ...], ...] = ()  # of each text the names that its column may have
+    classes: tuple[str, ...] = ()  # by number; a single one: a number is predicted
 
+
+def glue(name: str, texts: tuple[tuple[str, ...], ...], classes: tuple[str, ...], about: str
+         ) -> Task:
+    return Task(f"glue:{name}/train", "", f"glue:{name}", "", about, texts, classes)
+
+
+SENTENCES = (("sentence1", "#1 String"), ("sentence2", "#2 String"))  # TSV names last
+ENTAILMENT = ("entailment", "not_entailment")
+LABEL = ("label", "gold_label", "Quality", "is_duplicate", "score")  # columns
+COLA = ("source", "label", "star", "sentence")  # the one TSV file without a header
 
 TASKS = {
     "math": Task("metamath", PROMPT, "math", about="MetaMathQA"),
@@ -60,6 +103,16 @@ TASKS = {
     # and the task would measure that instead of what was learnt.
     "microcosm": Task("microcosm", "Q:{instruction}\nA:", "microcosm", "microcosm facts",
                       "its word problems"),
+    "glue:cola": glue("cola", (("sentence",),), ("unacceptable", "acceptable"), "grammar"),
+    "glue:sst2": glue("sst2", (("sentence",),), ("negative", "positive"), "sentiment"),
+    "glue:mrpc": glue("mrpc", SENTENCES, ("not_equivalent", "equivalent"), "paraphrase"),
+    "glue:stsb": glue("stsb", SENTENCES, ("similarity",), "similarity, 0 to 5"),
+    "glue:qqp": glue("qqp", (("question1",), ("question2",)), ("not_duplicate", "duplicate"),
+                     "paraphrase of questions"),
+    "glue:mnli": glue("mnli", (("premise", "sentence1"), ("hypothesis", "sentence2")),
+                      ("entailment", "neutral", "contradiction"), "inference"),
+    "glue:qnli": glue("qnli", (("question",), ("sentence",)), ENTAILMENT, "is it answered?"),
+    "glue:rte": glue("rte", SENTENCES, ENTAILMENT, "inference"),
 }
 
 QUESTION = ("query", "question", "instruction", "qText")
@@ -72,12 +125,13 @@ class Row(NamedTuple):
     fields: dict
     where: str
 
-    def get(self, names: Sequence[str], kind: type | tuple[type, ...] = str):
+    def get(self, names: Sequence[str], kind: type | tuple[type, ...] = str,
+            may_be_empty: bool = False):
         """The first of the fields `names` that is there, which must be of type `kind`."""
         for name in names:
             if name in self.fields:
                 value = self.fields[name]
-                if not isinstance(value, kind) or not value:
+                if not isinstance(value, kind) or not (value or may_be_empty):
                     raise UserError(f"{self.where}: field {name!r} is {str(value)[:40]!a}, "
                                     "which cannot be used")
                 if isinstance(value, str) and not value.isascii():
@@ -94,14 +148,17 @@ class Row(NamedTuple):
 # ---------------------------------------------------------------------------------------- files
 
 
-def read_rows(name_or_path: str) -> list[Row]:
-    """All rows of a dataset of SOURCES (by download) or of a local file.
+def read_rows(name_or_path: str, source: str | None = None) -> list[Row]:
+    """All rows of a dataset of SOURCES (by download), of a local file, or of that file of a local
+    folder which stands for `source`.
 
     Raises UserError for an unknown name, a missing, unreadable or empty file; a malformed line
-    is named by file and line number.
+    is named by file and line number. Says so where the published dataset has another length.
     """
-    if name_or_path in SOURCES and not Path(name_or_path).is_file():
-        place, file, _ = SOURCES[name_or_path]
+    if Path(name_or_path).is_dir() and source:
+        path = in_folder(Path(name_or_path), source)
+    elif name_or_path in SOURCES and not Path(name_or_path).is_file():
+        source, (place, file, *_) = name_or_path, SOURCES[name_or_path]
         path = place / file if isinstance(place, Path) else hub_download(
             place, file, repo_type="dataset")
     else:
@@ -112,12 +169,33 @@ def read_rows(name_or_path: str) -> list[Row]:
     rows = list(read_file(path))
     if not rows:
         raise UserError(f"{path}: holds no rows")
+    published = SOURCES[source].rows if source in SOURCES else None
+    if published not in (None, len(rows)):
+        print(f"note: {path} has {len(rows):,} rows, and {source} as published {published:,}")
     return rows
+
+
+ENDINGS = (".tsv", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+def in_folder(folder: Path, source: str) -> Path:
+    """The file of a folder that stands for a dataset: by its name on the hub, or its split's
+    (train, validation or, as in the original TSV files, dev) with any ending."""
+    file = Path(SOURCES[source].file).name
+    split = file.partition("-")[0]
+    names = [file, *(stem + end for stem in (split, split.replace("validation", "dev"))
+                     for end in ENDINGS)]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder}: holds no {split} file: {file}, or {names[-len(ENDINGS)]}, or "
+                        "the like")
+    return found[0]
 
 
 def is_local(name_or_path: str) -> bool:
     """Whether reading the rows needs no download."""
-    return Path(name_or_path).is_file() or isinstance(SOURCES.get(name_or_path, "")[0], Path)
+    source = SOURCES.get(name_or_path)
+    return Path(name_or_path).exists() or (source is not None and isinstance(source.place, Path))
 
 
 def read_file(path: Path) -> Iterator[Row]:
@@ -125,8 +203,11 @@ def read_file(path: Path) -> Iterator[Row]:
     if name.endswith(".parquet"):
         yield from read_parquet(path)
         return
+    if name.endswith(".tsv"):
+        yield from read_tsv(path)
+        return
     if not name.endswith((".json", ".jsonl")):
-        raise UserError(f"{path}: not a .json, .jsonl, .parquet or .gz of the first two")
+        raise UserError(f"{path}: not a .json, .jsonl, .tsv, .parquet or .gz of the first two")
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as file:
@@ -157,6 +238,31 @@ def parse_line(line: str, where: str) -> Row:
     return Row(row, where)
 
 
+def read_tsv(path: Path) -> Iterator[Row]:
+    """GLUE's original files: a quote character is text, and only \\n ends a line.
+
+    Lines with another number of columns than the header are broken; they are left out, and how
+    many is said.
+    """
+    broken = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            lines = ((i, line.rstrip("\r\n").split("\t")) for i, line in enumerate(file, 1))
+            first = next(lines, (1, [""]))
+            headless = first[1][1:2] in (["0"], ["1"])
+            header = list(COLA) if headless else first[1]
+            for i, cells in chain([first] if headless else [], lines):
+                if len(cells) == len(header):
+                    yield Row(dict(zip(header, cells, strict=True)), f"{path}:{i}")
+                elif cells != [""]:
+                    broken.append(i)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error})") from None
+    if broken:
+        print(f"{path}: {len(broken)} lines have not {len(header)} columns and are left out, the "
+              f"first of them line {broken[0]}")
+
+
 def read_parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow.parquet
@@ -178,10 +284,17 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 class Example(NamedTuple):
-    """Token ids of prompt + response + EOS, and how many of them are the prompt."""
+    """Token ids of prompt + response + EOS, and how many of them are the prompt; or those of a
+    classifier's texts, all of them prompt, and the label."""
 
     ids: list[int]
     prompt_length: int
+    label: int | float | None = None
+
+    @property
+    def targets(self) -> int:
+        """What the loss is a mean over: response tokens, but one at the very start; or 1 label."""
+        return len(self.ids) - max(1, self.prompt_length) if self.label is None else 1
 
 
 def metamath_answer(answer: str) -> str:
@@ -236,6 +349,50 @@ def tokenise(tokenizer: Tokenizer, question: str, response: str, max_length: int
     return Example(ids, length) if length < len(ids) else None
 
 
+def label_of(row: Row, classes: tuple[str, ...]) -> int | float:
+    """The label of a classifier's row: a number of `classes` or the name of one; a float where
+    there is a single class. UserError for anything else, as the -1 of a test set."""
+    value = row.get(LABEL, (str, int, float), may_be_empty=True)
+    if len(classes) == 1:
+        try:
+            if math.isfinite(float(value)):
+                return float(value)
+        except ValueError:
+            pass
+        raise UserError(f"{row.where}: the label {str(value)[:40]!a} is not a number")
+    known = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    if str(value) not in known:
+        raise UserError(f"{row.where}: the label {str(value)[:40]!a} is none of "
+                        + ", ".join(known))
+    return known[str(value)]
+
+
+def texts_of(row: Row, task: Task) -> list[str]:
+    """The one or two texts that a classifier reads; some of QQP's are empty."""
+    return [row.get(names, may_be_empty=True) for names in task.texts]
+
+
+def example_of(row: Row, tokenizer: Tokenizer, task: Task, max_length: int
+               ) -> tuple[list, Example | None, bool]:
+    """(what the row says, the training example, whether it was cut)."""
+    if task.classes:
+        texts, label = texts_of(row, task), label_of(row, task.classes)
+        ids, cut = tokenizer.encode_texts(texts, max_length)
+        return [*texts, label], Example(ids, len(ids), label), cut
+    question, response = question_and_response(row)
+    example = tokenise(tokenizer, question, response, max_length, task.prompt)
+    return [question, response], example, (example is not None
+                                           and example.ids[-1] != tokenizer.eos_id)
+
+
+def columns(row: Row, task: Task) -> list[str]:
+    """The columns of a row that the task uses."""
+    if not task.classes:
+        return [name for name in layout(row) if name]
+    return [next((n for n in names if n in row.fields), names[0])
+            for names in (*task.texts, LABEL)]
+
+
 def draw(n: int, k: int, seed: int) -> list[int]:
     """k of n indices without repetition, in random order, the same for the same seed."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k].tolist()
@@ -246,26 +403,25 @@ class TrainingSet:
     examples: list[Example]
     dropped: int  # rows with no response token left after truncation
     cut: int  # rows that lost their end to it
-    sha256: str  # of the chosen questions and answers, so that a resumed run can tell
+    sha256: str  # of what the chosen rows say, so that a resumed run can tell
 
 
 def training_set(rows: list[Row], tokenizer: Tokenizer, examples: int, max_length: int,
-                 seed: int, prompt: str = PROMPT) -> TrainingSet:
-    """`examples` rows chosen at random (all, if there are fewer), tokenised under the prompt.
+                 seed: int, task: Task = TASKS["math"]) -> TrainingSet:
+    """`examples` rows chosen at random (all, if there are fewer), tokenised as the task says.
 
     Raises UserError if no row has a response token within max_length.
     """
     digest, kept, dropped, cut = hashlib.sha256(), [], 0, 0
     chosen = draw(len(rows), examples, seed)
     for i in tqdm(chosen, desc="tokenising", leave=False, disable=None, delay=2):
-        question, response = question_and_response(rows[i])
-        digest.update(json.dumps([question, response]).encode())
-        example = tokenise(tokenizer, question, response, max_length, prompt)
+        said, example, shortened = example_of(rows[i], tokenizer, task, max_length)
+        digest.update(json.dumps(said).encode())
         if example is None:
             dropped += 1
         else:
             kept.append(example)
-            cut += example.ids[-1] != tokenizer.eos_id
+            cut += shortened
     if not kept:
         raise UserError(f"no row has a response token within {max_length} tokens; "
                         "raise --max-length")
@@ -276,14 +432,19 @@ def training_set(rows: list[Row], tokenizer: Tokenizer, examples: int, max_lengt
 
 
 def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """input_ids, attention_mask, labels (b, t), padded on the right; loss on the response only."""
+    """input_ids, attention_mask, labels (b, t), padded on the right; loss on the response only.
+
+    A classifier's labels are (b,).
+    """
     t = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), t, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
-    for i, (tokens, prompt_length) in enumerate(examples):
+    for i, (tokens, prompt_length, _) in enumerate(examples):
         ids[i, : len(tokens)] = torch.tensor(tokens)
         labels[i, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
         mask[i, : len(tokens)] = 1
+    if examples[0].label is not None:
+        labels = torch.tensor([e.label for e in examples])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import checkpoint
 import data
 import model as M
 from baselines import METHODS
-from benchmarks import BENCHMARKS, Benchmark, of_group, of_task
+from benchmarks import BENCHMARKS, Benchmark, accuracy, of_group, of_task
 from checkpoint import UserError
 from settings import (
     DTYPES,
@@ -36,6 +36,7 @@ from settings import (
     base_of,
     default_task,
     finished,
+    for_task,
     is_run,
     known_as,
     model_name,
@@ -93,7 +94,7 @@ def harmonic_mean(K: float, T: float) -> float:
 class Question(NamedTuple):
     """One question of a benchmark, as the model is asked it."""
 
-    prompt: str
+    prompt: Any  # a text; a classifier's: its one or two texts
     gold: Any
     part: str | None = None  # of the benchmark
 
@@ -223,7 +224,62 @@ def part_scores(asked: list[Question], records: list[dict]) -> dict[str, float]:
     return {part: 100 * sum(v) / len(v) for part, v in verdicts.items()}
 
 
-PROTOCOLS = {"complete": complete, "greedy_match": greedy_match}
+@torch.inference_mode()
+def classify(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
+    """The class with the highest score; with a single class its score, which is a number."""
+    model, tokenizer = evaluator.model, evaluator.tokenizer
+    examples = []
+    for q in asked:
+        ids, _ = tokenizer.encode_texts(q.prompt, model.config.longest)
+        examples.append(data.Example(ids, len(ids), 0))
+    records: list[dict] = [{} for _ in asked]
+    batches = data.batches_by_length(range(len(asked)), lambda i: len(examples[i].ids),
+                                     4 * evaluator.batch_size)
+    with M.evaluating(model):
+        for batch in tqdm(batches, desc=name, leave=False, disable=None):
+            inputs = data.collate([examples[i] for i in batch], M.embedding(model).device)
+            scores = model(inputs["input_ids"], inputs["attention_mask"]).float()
+            found = scores[:, 0] if scores.shape[1] == 1 else scores.argmax(-1)
+            for i, predicted, row in zip(batch, found.tolist(), scores.tolist(), strict=True):
+                records[i] = {"prompt": asked[i].prompt, "scores": row, "predicted": predicted,
+                              "gold": asked[i].gold, "correct": predicted == asked[i].gold}
+    return records
+
+
+def validator(model: M.Model, tokenizer: checkpoint.Tokenizer, rows: dict[str, list[data.Row]]
+              ) -> Callable[[], dict[str, float | None]]:
+    """A function that scores the model, as it then is, on the rows of these benchmarks."""
+    evaluator = Evaluator(model, tokenizer)
+    asked = {b: questions(b, r) for b, r in rows.items()}
+    return lambda: {b: score_of(b, evaluator.ask(b, q)) for b, q in asked.items()}
+
+
+def score_of(name: str, records: list[dict]) -> float | None:
+    """The benchmark's metric in %; None, and a line that says so, where it is undefined."""
+    score = BENCHMARKS[name].metric(records)
+    if math.isfinite(score):
+        return score
+    print(f"{name}: all predictions are equal, so the correlation is undefined")
+    return None
+
+
+def epoch_scores(run: Path) -> list[dict[str, float | None]]:
+    """What train.py found at the end of each epoch, where the task has a validation set."""
+    lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
+    return [line["validation"] for line in map(json.loads, lines) if "validation" in line]
+
+
+def best_and_last(epochs: list[dict[str, float | None]]) -> Iterable[str]:
+    """GLUE papers differ in which epoch they report: both, and what the best is chosen on."""
+    for b in epochs[0] if epochs else ():
+        scores = [-math.inf if e[b] is None else float(e[b] or 0) for e in epochs]
+        best = max(scores)
+        if math.isfinite(best):
+            yield (f"{b}: last epoch {scores[-1]:.2f}, best epoch {best:.2f} (number "
+                   f"{scores.index(best) + 1} of {len(scores)}, chosen on the set it is scored on)")
+
+
+PROTOCOLS = {"complete": complete, "greedy_match": greedy_match, "classify": classify}
 
 # --------------------------------------------------------------------------------------- results
 
@@ -275,15 +331,26 @@ def find_target(target: str, base: str | None = None) -> Target:
     return Target(folder, run, s, about)
 
 
+def check_task(target: Target) -> None:
+    """UserError unless the model can be asked what its task asks."""
+    name = task_of(target.about)
+    classes = data.TASKS[name].classes
+    for_task(checkpoint.read_config(target.folder), name)
+    if classes and not target.run and not checkpoint.has_head(target.folder, classes):
+        raise UserError(f"{target.folder}: has no classification head for {', '.join(classes)}; "
+                        f"train one: train.py --model {target.about['model']} --task {name}")
+
+
 def load_target(target: Target, dtype: str | None, device: str | None) -> M.Model:
     """The model, a run's adapters on it; notes in `about` how many parameters were trained.
 
     Adapters are merged in fp32; in bf16 they stay apart, since rounding the merged weight can
     lose what training changed.
     """
-    s = target.settings
+    s, task = target.settings, data.TASKS[task_of(target.about)]
     name = dtype or (s.dtype if s else None)
-    model = checkpoint.load(target.folder, DTYPES[name] if name else None, device)
+    model = checkpoint.load(target.folder, DTYPES[name] if name else None, device,
+                            task.classes or None)
     if s and s.how.trains == "weights":
         target.about["trainable"] = sum(p.numel() for p in model.parameters())
     elif target.run:
@@ -388,7 +455,8 @@ def check_comparable(mine: dict, other: dict, source: str | Path, benchmarks: li
 def summarise(results: dict, base: str | Path | None, full: str | Path | None
               ) -> dict[str, float | None]:
     """K, T, KT where their references are given, and Avg, for results.json."""
-    scores = {b: r["score"] for b, r in results["benchmarks"].items()}
+    scores = {b: math.nan if r["score"] is None else r["score"]
+              for b, r in results["benchmarks"].items()}
     task_row = data.TASKS[task_of(results)]
     known, task = of_group(scores, task_row.knowledge), of_group(scores, task_row.group)
     summary: dict[str, float] = {"Avg": sum(scores.values()) / len(scores)}
@@ -411,6 +479,10 @@ def mean_parts(results: dict) -> dict[str, float]:
     return {part: sum(s) / len(s) for part, s in scores.items()}
 
 
+def shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
 def table(runs: list[dict]) -> Iterable[str]:
     """One row per result; a score whose reference is 0 is "undefined"."""
     benchmarks = list(dict.fromkeys(b for r in runs for b in r["benchmarks"]))
@@ -420,7 +492,7 @@ def table(runs: list[dict]) -> Iterable[str]:
     width = {c: max(len(c), 9) + 2 for c in columns}
     yield f"{'method':10}{'trainable':>11}" + "".join(f"{c:>{width[c]}}" for c in columns)
     for r in runs:
-        cells = [f"{r['benchmarks'][b]['score']:.2f}" if b in r["benchmarks"] else "-"
+        cells = [shown(r["benchmarks"][b]["score"]) if b in r["benchmarks"] else "-"
                  for b in benchmarks]
         means = mean_parts(r)
         cells += [f"{means[part]:.2f}" if part in means else "-" for part in apart]
@@ -428,10 +500,8 @@ def table(runs: list[dict]) -> Iterable[str]:
             loss = next((b["answer_loss"] for b in r["benchmarks"].values()
                          if "answer_loss" in b), None)
             cells.append("-" if loss is None else f"{loss:.4f}")
-        for k in ("Avg", "K", "T", "KT"):
-            value = r["summary"].get(k, "-")
-            cells.append("undefined" if value is None else value if value == "-" else
-                         f"{value:.2f}")
+        cells += [shown(r["summary"][k]) if k in r["summary"] else "-"
+                  for k in ("Avg", "K", "T", "KT")]
         count = f"{r['trainable'] / 1e6:.2f}M" if r.get("trainable") else "-"
         yield f"{r['method']:10}{count:>11}" + "".join(
             f"{cell:>{width[c]}}" for c, cell in zip(columns, cells, strict=True))
@@ -444,10 +514,13 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__ + "".join(f"    {name:14} {b.group}: {b.about}\n"
                                       for name, b in BENCHMARKS.items()))
     parser.add_argument("target", nargs="?", help="run folder, short name, hub id, model folder")
+    parser.add_argument("--task", choices=tuple(data.TASKS), help="of an untouched model: whose "
+                        "benchmarks, and for a classifier which classes (default: the model's)")
     parser.add_argument("--benchmarks", help="of " + ",".join(BENCHMARKS) + " (default: those of "
                         "the run's task)")
-    parser.add_argument("--data", nargs="+", default=[], metavar="NAME=FILE", help="local files, "
-                        "for example --data gsm8k=test.jsonl (default: from the hub)")
+    parser.add_argument("--data", nargs="+", default=[], metavar="NAME=FILE", help="local files "
+                        "or folders, for example --data gsm8k=test.jsonl (default: beside the "
+                        "run's training data, else from the hub)")
     parser.add_argument("--limit", type=int, help="only the first questions of each benchmark")
     parser.add_argument("--batch-size", type=int, default=16, help="default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, help="instead of the protocol's own "
@@ -489,6 +562,37 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def own_source(target: Target, benchmark: str) -> str:
+    """Where the questions are unless --data says otherwise: beside a run's own training data, if
+    those were a folder with both."""
+    s, row = target.settings, BENCHMARKS[benchmark]
+    own = s is not None and Path(s.data).is_dir() and row.group == data.TASKS[s.task].group
+    return s.data if s is not None and own else row.source
+
+
+def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: list[Question]
+                  ) -> tuple[dict[str, Any], list[dict]]:
+    """(what results.json says of the benchmark, one record per question); prints it in a line."""
+    began, row = time.perf_counter(), BENCHMARKS[name]
+    records = evaluator.ask(name, asked)
+    found: dict[str, Any] = {"score": score_of(name, records), "n": len(records)}
+    if row.metric is accuracy:
+        found["correct"] = sum(r["correct"] for r in records)
+    if row.loss_under:
+        found["answer_loss"] = evaluator.answer_loss(rows, row.loss_under)
+    parts = part_scores(asked, records)
+    found |= {"parts": parts} if parts else {}
+    found["seconds"] = round(time.perf_counter() - began, 1)
+    what = (f"{found['correct']} of {found['n']} right" if "correct" in found else
+            f"undefined over {found['n']}" if found["score"] is None else
+            f"{row.about} {found['score']:.2f} over {found['n']}")
+    print(f"{name:8} {what}"
+          + (f", answer loss {found['answer_loss']:.4f}" if found.get("answer_loss") else "")
+          + "".join(f", {part} {score:.1f} %" for part, score in parts.items())
+          + f" ({found['seconds']:.0f} s)")
+    return found, records
+
+
 def main(argv: list[str] | None = None) -> None:
     args = evaluation_arguments(argv)
     if args.table:
@@ -496,6 +600,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     target = find_target(args.target, args.base)
     about = target.about
+    if args.task and target.run:
+        raise UserError(f"--task goes with an untouched model; {target.run} has its own")
+    about["task"] = args.task or about["task"]
+    check_task(target)
+    task = data.TASKS[task_of(about)]
+    for b in args.benchmarks or ():  # a classifier has one task's classes, and generates nothing
+        if (task.classes or BENCHMARKS[b].protocol == "classify") and (
+                BENCHMARKS[b].group != task.group):
+            raise UserError(f"--benchmarks {b}: {args.target} is for {task_of(about)}, whose are "
+                            + ", ".join(of_task(task_of(about))))
     # A run is compared with its base model's results where they are.
     base, full = args.base_results, args.full_results
     if target.run:
@@ -508,8 +622,8 @@ def main(argv: list[str] | None = None) -> None:
             paper_row(about)
         elif source:
             read_results(source)
-    rows = {b: data.read_rows(args.data.get(b, BENCHMARKS[b].source))[: args.limit]
-            for b in args.benchmarks or of_task(task_of(about))}
+    rows = {b: data.read_rows(args.data.get(b) or own_source(target, b), BENCHMARKS[b].source)
+            [: args.limit] for b in args.benchmarks or of_task(task_of(about))}
     asked = {b: questions(b, r) for b, r in rows.items()}
     use_threads(target.settings.threads if target.settings else
                 preset(name_of(about), task_of(about)).settings.get("threads"))
@@ -521,32 +635,23 @@ def main(argv: list[str] | None = None) -> None:
     results = about | {"benchmarks": {}, "dtype": str(M.embedding(model).dtype),
                        "batch_size": args.batch_size} | provenance()
     results["benchmarks"] = kept_benchmarks(out, results, list(rows))
+    epochs = epoch_scores(target.run) if target.run else []
+    results |= {"epochs": epochs} if epochs else {}
     for benchmark in rows:
-        began, row = time.perf_counter(), BENCHMARKS[benchmark]
-        more: dict[str, Any] = {}
-        records = evaluator.ask(benchmark, asked[benchmark])
-        if row.loss_under:
-            more["answer_loss"] = evaluator.answer_loss(rows[benchmark], row.loss_under)
+        found, records = run_benchmark(evaluator, benchmark, rows[benchmark], asked[benchmark])
+        settings = {"bos": args.bos, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
+                    "scoring": args.scoring if BENCHMARKS[benchmark].official else None,
+                    "questions": hash_of(asked[benchmark])}
+        results["benchmarks"][benchmark] = found | settings
         (out / "eval").mkdir(parents=True, exist_ok=True)
         with checkpoint.atomic(out / "eval" / f"{benchmark}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps({"id": i} | r) + "\n"
                                          for i, r in enumerate(records)))
-        correct = sum(r["correct"] for r in records)
-        parts = part_scores(asked[benchmark], records)
-        more |= {"parts": parts} if parts else {}
-        settings = {"bos": args.bos, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
-                    "scoring": args.scoring if row.official else None,
-                    "questions": hash_of(asked[benchmark])}
-        results["benchmarks"][benchmark] = {
-            "score": 100 * correct / len(records), "correct": correct, "n": len(records), **more,
-            "seconds": round(time.perf_counter() - began, 1), **settings}
-        print(f"{benchmark:8} {correct} of {len(records)} right"
-              + (f", answer loss {more['answer_loss']:.4f}" if more.get("answer_loss") else "")
-              + "".join(f", {part} {score:.1f} %" for part, score in parts.items())
-              + f" ({results['benchmarks'][benchmark]['seconds']:.0f} s)")
         # After each, and without references: neither Ctrl-C nor one that does not fit costs it.
         results["summary"] = summarise(results, None, None)
         checkpoint.save_json(out / "results.json", results)
+    for sentence in best_and_last(epochs):
+        print(sentence)
     try:
         results["summary"] = summarise(results, base, full)
         checkpoint.save_json(out / "results.json", results)

@@ -16,13 +16,13 @@ import torch
 
 from checkpoint import free_memory
 from farss import block_index
-from model import Config, empty, linear_shapes
-from settings import DTYPES, LINEARS, Settings, preset
+from model import FAMILIES, Config, empty, linear_shapes, place, whole_parameters
+from settings import DTYPES, Settings, preset
 
 CALIBRATION_BATCH = 8  # sequences; a constant, so that no number depends on the free memory
 # Linear layers that read the same tensor share one Σ_h: by layer, a name for what it reads.
 READS = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp",
-             up_proj="mlp")
+             up_proj="mlp", query="attention", key="attention", value="attention")
 Shapes = dict[str, tuple[int, int]]  # layer: (m, n)
 
 
@@ -51,6 +51,7 @@ class Plan:
     trainable: float  # where ranks are adaptive: if every shallow one were r_avg
     bounds: tuple[float, float]  # the least and the most that the data can decide
     uniform: int  # with rank R everywhere, as LoRA
+    head: int  # numbers of a classification head, which trains besides
     groups: list[Group]  # of adapted layers
     examples: int
     steps: int
@@ -72,6 +73,7 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     skeleton = empty(config)
     parameters = sum(p.numel() for p in skeleton.parameters())
     memory = device_memory(s.device) if memory is None else memory
+    head = sum(p.numel() for p in whole_parameters(skeleton).values())
     trainable: float = parameters
     bounds: tuple[float, float] = (parameters, parameters)
     shapes: Shapes = {}
@@ -79,14 +81,17 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
         shapes = linear_shapes(skeleton, s.target_names)
         trainable = adapter_parameters(s, shapes, s.r_avg)
         bounds = adapter_parameters(s, shapes, s.r_min), adapter_parameters(s, shapes, s.r_max)
-    micro_batch, checkpointing = choose_micro_batch(s, config, parameters, bounds[1], memory)
+    else:
+        head = 0
+    most = bounds[1] + head
+    micro_batch, checkpointing = choose_micro_batch(s, config, parameters, most, memory)
     examples = min(s.examples, rows or s.examples)
     steps = s.steps or s.epochs * math.ceil(examples / s.batch_size)
     return Plan(
         config.num_hidden_layers, parameters, trainable, bounds,
-        s.rank * sum(m + n for m, n in shapes.values()), layer_groups(s, shapes), examples, steps,
-        warmup_steps(steps, s.warmup), micro_batch, checkpointing,
-        training_memory(s, config, parameters, bounds[1], micro_batch, checkpointing),
+        s.rank * sum(m + n for m, n in shapes.values()), head, layer_groups(s, shapes), examples,
+        steps, warmup_steps(steps, s.warmup), micro_batch, checkpointing,
+        training_memory(s, config, parameters, most, micro_batch, checkpointing),
         initialisation_memory(s, config, parameters) if s.how.needs == "fisher" else {}, memory)
 
 
@@ -108,12 +113,18 @@ def adapter_parameters(s: Settings, shapes: Shapes, shallow_rank: float) -> floa
                for name, (m, n) in shapes.items())
 
 
+def leaf_name(name: str) -> str:
+    """What a layer is called in a table: its last part, or for RoBERTa's "dense" the last two."""
+    leaf = name.rpartition(".")[2]
+    return place(name) if leaf == "dense" else leaf
+
+
 def layer_groups(s: Settings, shapes: Shapes) -> list[Group]:
     """Layers by depth and kind, shallow ones first."""
     members: dict[tuple[str, str], list[str]] = {}
     for name in shapes:
         depth = "shallow" if is_shallow(s, name) else "deep" if s.how.adaptive else "all"
-        members.setdefault((depth, name.rpartition(".")[2]), []).append(name)
+        members.setdefault((depth, leaf_name(name)), []).append(name)
     groups = []
     for (depth, leaf), names in sorted(members.items(), key=lambda g: g[0][0] != "shallow"):
         m, n = shapes[names[0]]
@@ -138,16 +149,23 @@ def block_activations(s: Settings, config: Config) -> int:
     """Bytes that one block keeps per token for its backward pass.
 
     About 10 d + 2 kv + 4 f numbers (norms, q, k, v, rotated q and k, attention's output; gate, up,
-    SiLU and product), d the width, kv and f those of keys and MLP; and each adapted layer's
-    input once more in fp32, with its dropout mask. Where bf16 products are made of fp32 weights,
-    5 d of them are fp32, too (the residual stream and the norms).
+    SiLU and product), d the width, kv and f those of keys and MLP; in RoBERTa about 12 d + 2 f; and
+    each adapted layer's input once more in fp32, with its dropout mask. Where bf16 products are
+    made of fp32 weights, 5 d of them are fp32, too (the residual stream and the norms).
     """
     d, f = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
-    size = element_size(s) * (10 * d + 2 * kv + 4 * f) + (10 * d if is_mixed(s) else 0)
+    numbers = 12 * d + 2 * f if FAMILIES[config.model_type].encoder else 10 * d + 2 * kv + 4 * f
+    size = element_size(s) * numbers + (10 * d if is_mixed(s) else 0)
     if s.how.trains == "adapters":
-        size += sum(5 * (f if t == "down_proj" else d) for t in s.target_names if t in LINEARS)
+        size += sum(5 * n for _, n in block_shapes(s, config).values())
     return size
+
+
+def block_shapes(s: Settings, config: Config) -> Shapes:
+    """(m, n) of the adapted layers of the first block."""
+    return {name: shape for name, shape in linear_shapes(empty(config), s.target_names).items()
+            if place(name) != name and block_index(name) == 0}
 
 
 def training_memory(s: Settings, config: Config, parameters: int, trainable: float,
@@ -164,7 +182,7 @@ def training_memory(s: Settings, config: Config, parameters: int, trainable: flo
             "trained, with AdamW": 16 * trainable,
             "bf16 copies": 2 * parameters if is_mixed(s) else 0,
             "activations": micro_batch * s.max_length * kept,
-            "logits": 3 * 2**28}
+            "logits": 0 if FAMILIES[config.model_type].encoder else 3 * 2**28}
 
 
 def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[str, float]:
@@ -172,9 +190,8 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
 
     The kept inputs go to CPU memory where the device has no room for them.
     """
-    shapes = {n: shape for n, shape in linear_shapes(empty(config), s.target_names).items()
-              if block_index(n) == 0}
-    inputs = {READS.get(n.rpartition(".")[2], n): shape[1] for n, shape in shapes.items()}
+    shapes = block_shapes(s, config)
+    inputs = {READS.get(leaf_name(n), n): shape[1] for n, shape in shapes.items()}
     numbers = sum(n * n for n in inputs.values()) + sum(m * m for m, _ in shapes.values())
     return {"weights": element_size(s) * parameters,
             "factors of a block": 4 * numbers,
@@ -234,13 +251,13 @@ def by_part(memory: dict[str, float]) -> str:
 
 def rank_table(groups: list[Group]) -> Iterator[str]:
     """One line per kind of layer, shallow and deep apart."""
-    yield f"{'layers':22}{'count':>6}{'shape':>16}{'rank':>12}{'trainable':>12}"
+    yield f"{'layers':30}{'count':>6}{'shape':>16}{'rank':>12}{'trainable':>12}"
     for g in groups:
         (low, high), (few, many) = g.ranks, g.parameters
         rank = f"{low}" if low == high else f"{low}..{high}"
         size = f"{few / 1e6:.1f}M" if low == high else f"{few / 1e6:.1f}..{many / 1e6:.1f}M"
         shape = f"{g.shape[0]} x {g.shape[1]}"
-        yield f"{g.depth + ' ' + g.leaf:22}{g.count:>6}{shape:>16}{rank:>12}{size:>12}"
+        yield f"{g.depth + ' ' + g.leaf:30}{g.count:>6}{shape:>16}{rank:>12}{size:>12}"
 
 
 def show(s: Settings, plan: Plan, known: str) -> None:
@@ -258,15 +275,18 @@ def show(s: Settings, plan: Plan, known: str) -> None:
     if s.how.trains == "weights":
         print(f"trainable     all {million(plan.trainable)}, fp32 master weights")
     elif s.how.adaptive:
-        paper = preset(known, s.task).printed_parameters
+        paper = (preset(known, s.task).printed or (0, 0))[0]
         print(f"trainable     {million(plan.trainable)} if every shallow rank were r_avg; the data "
               f"decide, between {million(plan.bounds[0])} and {million(plan.bounds[1])}"
               + (f"; the paper prints {paper}M" if paper and s.rank == 128 else ""))
         print(f"              LoRA of rank {s.rank}: {million(plan.uniform)}")
     else:
         print(f"trainable     {million(plan.trainable)}")
+    if plan.head:
+        print(f"              and the classification head, {million(plan.head)}, in full")
     print(f"\nsteps         {plan.steps:,} of {s.batch_size} examples"
-          + (f" ({s.epochs} epoch of {plan.examples:,})" if not s.steps else "")
+          + (f" ({s.epochs} epoch{'s' * (s.epochs > 1)} of {plan.examples:,})"
+             if not s.steps else "")
           + f", {plan.warmup_steps} of them warm-up to lr {s.lr:g}")
     has = f"{plan.memory / 1e9:.0f} GB" + (" (an 80 GB GPU; no --device given)" if s.device is None
                                            else f" free on {s.device}")

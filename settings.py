@@ -8,12 +8,14 @@ import argparse
 import io
 import math
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -23,16 +25,19 @@ import data
 import farss
 from baselines import METHODS, Method
 from checkpoint import ANYTHING, MICROCOSM, UserError
-from model import Config, empty, linear_names
+from model import DECODER_TARGETS, FAMILIES, Config, empty, linear_names
 
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
 MACHINE = ("device", "threads", "micro_batch", "checkpointing", "save_every")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGET_SETS = [sets for i, sets in enumerate(f.targets for f in FAMILIES.values())
+               if sets not in [f.targets for f in FAMILIES.values()][:i]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def setting(default: Any, text: str, source: str = "here") -> Any:
+    """A field with its text for --help and where its default comes from: a section of the paper,
+    the official code, a library, or here, where none of them says anything."""
+    return field(default=default, metadata={"help": text, "source": source})
 
 
 def named(rows: dict) -> str:
@@ -48,39 +53,41 @@ class Settings:
     task: str = setting(None, "what is trained on: " + named(data.TASKS) + "; default: the "
                               "model's own, else math")
     data: str = setting(None, "train on this instead: metamath, gsm8k, or a .json/.jsonl[.gz]/"
-                              ".parquet file with a question and an answer column")
+                              ".tsv/.parquet file with a question and an answer column (GLUE: "
+                              "texts and label), or a folder with a train file")
     method: str = setting("farss", named(METHODS))
     # initialisation
-    rank: int = setting(128, "R: rank of the deep layers, of all layers for lora (A.2.1: 128)")
+    rank: int = setting(128, "R: rank of the deep layers, of all layers for lora", "A.2.1")
     alpha: float = setting(None, "the adapters are scaled by alpha / R, one constant for all "
-                                 "layers (A.2.1: alpha = R, so 1)")
-    shallow: int = setting(None, "number of shallow blocks, counted from the first (4.2; 7/32 of "
-                                 "the blocks for models that the paper has not)")
-    r_min: int = setting(1, "smallest rank of a shallow layer (4.2)")
-    r_avg: float = setting(50.0, "mean rank asked for the shallow layers, before clipping (4.2)")
-    r_max: int = setting(64, "largest rank of a shallow layer (4.2)")
-    calibration: int = setting(256, "training examples for the K-FAC factors (A.2.1)")
+                                 "layers; default R, so 1", "A.2.1")
+    shallow: int = setting(None, "number of shallow blocks, counted from the first; default: the "
+                                 "paper's for its models, 7/32 of the blocks for others", "4.2")
+    r_min: int = setting(1, "smallest rank of a shallow layer", "4.2")
+    r_avg: float = setting(50.0, "mean rank asked for the shallow layers, before clipping", "4.2")
+    r_max: int = setting(64, "largest rank of a shallow layer", "4.2")
+    calibration: int = setting(256, "training examples for the K-FAC factors", "A.2.1")
     fisher: str = setting("empirical", "labels behind the gradients: empirical (the data's, as "
                                        "the paper runs it) or sampled (the model's, as Eq. 5)")
     residual: str = setting("split", "split: store W - scaling B A (the paper); exact: keep W "
-                                     "and subtract the initial adapter in the forward pass")
-    targets: str = setting(",".join(LINEARS), "linear layers to adapt (A.2.1: all seven)")
-    # training (A.2.1)
-    lr: float = setting(2e-5, "peak learning rate of AdamW, falling linearly to 0 (A.2.1)")
-    batch_size: int = setting(16, "examples per step (A.2.1; the official scripts: 128)")
-    examples: int = setting(100_000, "training examples, drawn at random (A.2.1)")
-    epochs: int = setting(1, "passes over the examples (A.2.1)")
+                                     "and subtract the initial adapter in the forward pass", "3.3")
+    targets: str = setting(None, "linear layers to adapt, by name, or a set: " + "; ".join(
+        f"{name} = {','.join(layers)}" for sets in TARGET_SETS for name, layers in sets.items())
+        + "; default: seven, of RoBERTa six", "A.2.1")
+    # training
+    lr: float = setting(2e-5, "peak learning rate of AdamW, falling linearly to 0", "A.2.1")
+    batch_size: int = setting(16, "examples per step (the official scripts: 128)", "A.2.1")
+    examples: int = setting(100_000, "training examples, drawn at random", "A.2.1")
+    epochs: int = setting(1, "passes over the examples", "A.2.1")
     steps: int = setting(None, "stop after this many steps, the schedule fitted to them")
-    max_length: int = setting(512, "tokens per sequence; the rest is cut (official code)")
-    warmup: float = setting(0.03, "part of the steps with rising learning rate (A.2.1)")
-    weight_decay: float = setting(0.0, "decoupled weight decay (A.2.1: none)")
-    dropout: float = setting(0.05, "dropout on the adapters' input (A.2.1)")
-    clip: float = setting(1.0, "largest gradient norm (transformers' default; the paper is "
-                               "silent)")
-    seed: int = setting(0, "of the draw of examples, their order, LoRA's A, and dropout")
+    max_length: int = setting(512, "tokens per sequence; the rest is cut", "official code")
+    warmup: float = setting(0.03, "part of the steps with rising learning rate", "A.2.1")
+    weight_decay: float = setting(0.0, "decoupled weight decay", "A.2.1")
+    dropout: float = setting(0.05, "dropout on the adapters' input", "A.2.1")
+    clip: float = setting(1.0, "largest gradient norm", "transformers' default")
+    seed: int = setting(0, "of the draw of examples, their order, LoRA's A, a new head, dropout")
     # machine
-    dtype: str = setting(None, "float32 or bfloat16 (A.2.1: bfloat16; on CPU float32, which is "
-                               "many times faster there)")
+    dtype: str = setting(None, "float32 or bfloat16; default bfloat16, on CPU float32, which is "
+                               "many times faster there", "A.2.1")
     device: str = setting(None, "cuda, mps or cpu (default: the first that is there)")
     threads: int = setting(None, "CPU threads (default: torch's choice); the last bits of sums "
                                  "depend on their number")
@@ -102,7 +109,8 @@ class Settings:
 
     @property
     def target_names(self) -> list[str]:
-        return self.targets.split(",")
+        """Layers to adapt; until `settle` has seen the model, a decoder's seven."""
+        return self.targets.split(",") if self.targets else list(DECODER_TARGETS["seven"])
 
     @property
     def budget(self) -> farss.Budget:
@@ -119,24 +127,52 @@ class Settings:
 class Preset(NamedTuple):
     """What differs from the defaults for one model and task, and what the paper prints there.
 
-    A value that differs by method is a dict of them.
+    A value that differs by method is a dict of them; a fraction as `shallow` is of the blocks.
     """
 
     settings: dict[str, Any]
     matched_rank: int | None = None  # R of the run that matches LoRA's parameters (Tables 2, 10)
-    printed_parameters: int | None = None  # FARSS's #Params in millions, at R = 128
+    printed: tuple[int, int] | None = None  # FARSS's #Params in millions, at R = 128 and matched
+    source: str = "here"  # of these settings
+    sources: Mapping[str, str] = MappingProxyType({})  # of those that have another
     base_results: Path | None = None  # stored scores before fine-tuning, for K
     full_results: Path | None = None  # and of full fine-tuning, for T
     grid: dict[str, tuple[float, ...]] | None = None  # learning rates of sweep.py, by method
 
 
-# (model, task): shallow blocks of section 4.2 and A.6.
-PRESETS = {
-    ("llama2-7b", "math"): Preset(dict(shallow=7), 153, 271),
-    ("mistral-7b-v0.3", "math"): Preset(dict(shallow=5), 152, 300),
-    ("llama3-8b", "math"): Preset(dict(shallow=9), 155, 276),
-    ("llama2-13b", "math"): Preset(dict(shallow=11), 164, 400),
-    # Not the paper's: the small default that needs no download (microcosm/README.md).
+def paper_row(shallow: int, matched_rank: int, printed: tuple[int, int], source: str = "A.6"
+              ) -> Preset:
+    return Preset(dict(shallow=shallow), matched_rank, printed, source)
+
+
+GLUE = Preset(
+    dict(shallow=0.5,  # six of RoBERTa-base's twelve blocks (4.2)
+         lr=4e-4, batch_size=64, epochs=10, max_length=512,
+         examples=400_000,  # all: MNLI, the largest, has 392,702
+         dropout=0.0,  # of an adapter that holds top directions it drops part of W itself; and
+                       # RoBERTa has its own dropout, in every block
+         dtype="float32"),  # the lowest directions are below bf16's last bit, and it is small
+    source="A.4.1", sources=dict(
+        rank="A.4.1", shallow="4.2", targets="4.2", examples="here", dropout="here", dtype="here",
+        alpha="here", warmup="here", weight_decay="here"))
+
+# (model, task). A row for None holds for every model that has none of its own.
+PRESETS: dict[tuple[str | None, str], Preset] = {
+    ("llama2-7b", "math"): paper_row(7, 153, (271, 320), "4.2"),
+    ("llama2-7b", "code"): paper_row(5, 144, (285, 320), "4.2"),
+    ("llama2-7b", "instruction"): paper_row(5, 144, (285, 320), "4.2"),
+    ("mistral-7b-v0.3", "math"): paper_row(5, 152, (300, 336)),
+    ("mistral-7b-v0.3", "code"): paper_row(5, 152, (300, 336)),
+    ("mistral-7b-v0.3", "instruction"): paper_row(7, 144, (300, 336)),
+    ("llama3-8b", "math"): paper_row(9, 155, (276, 336)),
+    ("llama3-8b", "code"): paper_row(9, 155, (276, 336)),
+    ("llama2-13b", "math"): paper_row(11, 164, (400, 501)),
+    ("llama2-13b", "code"): paper_row(11, 155, (421, 501)),
+    ("llama2-13b", "instruction"): paper_row(11, 155, (400, 501), "A.6, for math and code"),
+    ("gemma2-9b", "code"): paper_row(11, 155, (363, 432)),
+    ("gemma2-9b", "instruction"): paper_row(11, 155, (363, 432)),
+    **{(None, f"glue:{name}"): GLUE for name in data.GLUE},
+    # Not the paper's: the small default that needs no download.
     ("microcosm", "microcosm"): Preset(
         dict(shallow=3,  # 7/32 of 12 blocks, as Llama-2-7B's 7 of 32
              rank=16, r_avg=6.0, r_max=8,  # the paper's R : r_avg : r_max at a sixth of the width
@@ -146,6 +182,7 @@ PRESETS = {
              threads=1,  # matrices this small take longer to share out than to multiply
              dropout=0.0,  # of an adapter that holds top directions it drops part of W itself
              lr=dict(full=8e-4, lora=4e-3, farss=2e-3)),  # best K and task of microcosm/results.csv
+        source="microcosm/README.md",
         base_results=MICROCOSM / "base.json", full_results=MICROCOSM / "full.json",
         grid=dict(full=(2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), lora=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
                   farss=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3))),
@@ -153,8 +190,8 @@ PRESETS = {
 
 
 def preset(model: str, task: str) -> Preset:
-    """The row of a model and task; an empty one where there is none."""
-    return PRESETS.get((model, task), Preset({}))
+    """The row of a model and task, or of the task alone; an empty one where there is none."""
+    return PRESETS.get((model, task)) or PRESETS.get((None, task)) or Preset({})
 
 
 # What makes two models the same one, whatever they are called.
@@ -178,21 +215,56 @@ def chosen_model(flags: dict[str, Any]) -> tuple[str, Config, str, str]:
     model = flags.get("model", Settings.model)
     config = checkpoint.config_of(model)
     known = known_as(model, config)
-    return model, config, known, flags.get("task", default_task(known))
+    task = flags.get("task") or default_task(known)
+    return model, for_task(config, task), known, task
 
 
-def origin(args: argparse.Namespace) -> str:
-    """Where a run's settings come from, in one line."""
-    flags = given(args)
-    model, _, known, task = chosen_model(flags)
-    row = preset(known, task).settings
-    named = ", ".join(name.replace("_", " ") for name in row if name not in flags)
-    seen = known if known == model else f"{known}, as its shape says"
-    return "settings: " + "; ".join(filter(None, (
-        f"{named}: the row of {seen} and {task} in settings.PRESETS" if named else "",
-        "" if "shallow" in row or "shallow" in flags else "shallow: 7/32 of the blocks",
-        "flags: " + ", ".join(sorted(flags)) if flags else "",
-        "all others: the paper's (A.2.1, 4.2), see --help")))
+def for_task(config: Config, task: str) -> Config:
+    """The config with the classes of the task; UserError where the model cannot have it."""
+    classes, encoder = data.TASKS[task].classes, FAMILIES[config.model_type].encoder
+    if encoder != bool(classes):
+        fit = [name for name, row in data.TASKS.items() if bool(row.classes) == encoder]
+        raise UserError(f"--task {task} is not for a {config.model_type} model; give one of "
+                        + ", ".join(fit))
+    return replace(config, labels=classes) if encoder else config
+
+
+# Settings that only methods with adaptive ranks, or with factors, look at.
+OF_ADAPTIVE, OF_FISHER = ("shallow", "r_min", "r_avg", "r_max"), ("calibration", "fisher",
+                                                                  "residual")
+OF_ADAPTERS = ("rank", "alpha", "targets", "dropout")
+
+
+def origins(s: Settings, config: Config, flags: dict[str, Any]) -> list[str]:
+    """Where a run's settings come from: one line for each source, the paper's sections first."""
+    known = known_as(s.model, config)
+    row = preset(known, s.task)
+    unused = (() if s.how.adaptive else OF_ADAPTIVE) + (
+        () if s.how.needs == "fisher" else OF_FISHER) + (
+        () if s.how.trains == "adapters" else OF_ADAPTERS)
+    said: dict[str, list[str]] = {}
+    for f in fields(Settings):
+        value = getattr(s, f.name)
+        if value is None or f.name in (*unused, *MACHINE, "model", "task", "data", "method"):
+            continue
+        source = f.metadata["source"]
+        if f.name in flags:
+            source = "the command line"
+        elif f.name in row.sources or f.name in row.settings:
+            source = row.sources.get(f.name, row.source)
+        elif f.name == "shallow":
+            source = "chosen here, 7/32 of the blocks"
+        elif f.name == "dtype" and s.dtype == "float32":
+            source = "here"
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        of = f" of {config.num_hidden_layers} blocks" if f.name == "shallow" else ""
+        said.setdefault(source, []).append(f"{f.name.replace('_', ' ')} {shown}{of}")
+    titles = {source: f"the paper, {source}" if re.match(r"[A\d]\.?\d", source) else
+              "chosen here" if source == "here" else source for source in said}
+    seen = "" if known == s.model else f" ({known}, as the shape of its config says)"
+    return [f"settings of {s.model}{seen}, {s.task}, {s.method}:", *(
+        f"  {titles[source]}: " + ", ".join(said[source])
+        for source in sorted(said, key=lambda x: (not titles[x].startswith("the paper"), x)))]
 
 
 def use_threads(count: int | None) -> None:
@@ -203,7 +275,7 @@ def use_threads(count: int | None) -> None:
 
 def default_task(model: str) -> str:
     """The first task that a preset has for the model; math for all others."""
-    return next((task for name, task in PRESETS if name == model), "math")
+    return next((task for name, task in PRESETS if name == model and task in data.TASKS), "math")
 
 
 # ------------------------------------------------------------------------------- command line
@@ -238,7 +310,9 @@ def training_arguments(description: str | None, argv: list[str] | None = None
         if f.name in starts:
             group = parser.add_argument_group(starts[f.name])
         shown = f"{f.default:g}" if isinstance(f.default, float) else f.default
-        default = "" if f.default is None else f"; default {shown}"
+        source = f.metadata["source"]
+        where = "" if source == "here" else f" ({source})"
+        default = where if f.default is None else f"; default {shown}{where}"
         more: dict[str, Any] = (
             dict(action=argparse.BooleanOptionalAction) if f.type is bool else
             dict(type=f.type, choices=choices.get(f.name),
@@ -282,11 +356,13 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
                 raise UserError(f"no --{name} is known for {method} on {model}; give one")
             row[name] = value[method]
     s = Settings(**(row | flags | {"task": task}))
+    sets, blocks = FAMILIES[config.model_type].targets, config.num_hidden_layers
+    part = 7 / 32 if s.shallow is None else s.shallow
     device = s.device if args.dry_run and not s.device else str(checkpoint.pick_device(s.device))
-    blocks = config.num_hidden_layers
     s = replace(
         s, device=device, dtype=s.dtype or ("float32" if device == "cpu" else "bfloat16"),
-        shallow=round(blocks * 7 / 32) if s.shallow is None else s.shallow,
+        shallow=round(blocks * part) if isinstance(part, float) else part,
+        targets=",".join(sets.get(s.targets or next(iter(sets)), [s.targets])),
         alpha=float(s.rank if s.alpha is None else s.alpha),
         data=s.data or data.TASKS[s.task].source)
     check(s, config)
@@ -313,6 +389,9 @@ def check(s: Settings, config: Config) -> None:
             raise UserError(f"--{f.name.replace('_', '-')} must be {what}, not {value}")
     if not 0 <= s.shallow <= config.num_hidden_layers:
         raise UserError(f"--shallow {s.shallow}: {s.model} has {config.num_hidden_layers} blocks")
+    if FAMILIES[config.model_type].encoder and s.max_length > config.longest:
+        raise UserError(f"--max-length {s.max_length}: {s.model} has positions for "
+                        f"{config.longest} tokens")
     try:
         names = linear_names(empty(config), s.target_names)
         if s.how.adaptive:
@@ -365,7 +444,7 @@ def model_name(model: str) -> str:
 
 
 def run_folder(s: Settings) -> Path:
-    return Path("runs") / f"{model_name(s.model)}-{s.task}-{s.method}-s{s.seed}"
+    return Path("runs") / f"{model_name(s.model)}-{s.task.replace(':', '-')}-{s.method}-s{s.seed}"
 
 
 def is_run(folder: str | Path) -> bool:

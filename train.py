@@ -5,7 +5,8 @@
     python train.py --method farss                              one run on the microcosm
     python train.py --model llama2-7b --task math               the paper's run (one large GPU)
     python train.py --model llama2-7b --task math --dry-run     its plan; no weights needed
-    python train.py --model FOLDER --task math --data FILE      any Llama, any questions/answers
+    python train.py --model roberta-base --task glue:sst2       GLUE, scored after every epoch
+    python train.py --model FOLDER --task math --data FILE      any model, any questions/answers
     python train.py --resume runs/NAME                          go on where a run was stopped
 
 A straight script: settings, plan, data, model, initialisation, training loop, save. The result
@@ -19,9 +20,11 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +32,11 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import eval as evaluation
 import farss
 import model as M
 import plan
+from benchmarks import BENCHMARKS, of_group
 from checkpoint import UserError
 from settings import (
     DTYPES,
@@ -41,9 +46,10 @@ from settings import (
     check_new,
     fail,
     finished,
+    for_task,
     given,
     known_as,
-    origin,
+    origins,
     read_run,
     run_folder,
     run_main,
@@ -190,7 +196,7 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
     ordered = sorted(batch, key=lambda e: -len(e.ids))
     parts = [data.collate(ordered[i : i + s.micro_batch], s.device)
              for i in range(0, len(ordered), s.micro_batch)]
-    targets = sum(int((p["labels"][:, 1:] != M.IGNORE).sum()) for p in parts)
+    targets = sum(e.targets for e in batch)
     total = 0.0
     for part in parts:
         with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=plan.is_mixed(s)):
@@ -208,8 +214,11 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
     return total, norm, sum(len(e.ids) for e in batch)
 
 
-def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path) -> bool:
+def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
+          validate: Callable[[], dict[str, float | None]] | None = None) -> bool:
     """The loop; True when all steps are done, False when it was asked to stop (and saved).
+
+    `validate`, where it is given, scores the model at the end of every epoch, for log.jsonl.
 
     Continues from the newest checkpoint in run/checkpoint. Ctrl-C or SIGTERM finish the step
     and save. A loss or gradient that is not finite ends the run and leaves the checkpoint.
@@ -249,10 +258,12 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path) 
                      + (f"Last checkpoint: {kept}" if kept else "No checkpoint yet"), code=1)
             speed = tokens / (time.perf_counter() - began)
             memory = plan.memory_used(s.device) / 1e9
-            json.dump({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
-                       "tokens": tokens, "tokens_per_s": round(speed, 1),
-                       "memory_gb": round(memory, 3)}, out)
-            out.write("\n")
+            line: dict[str, Any] = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
+                    "tokens": tokens, "tokens_per_s": round(speed, 1),
+                    "memory_gb": round(memory, 3)}
+            if validate and (step + 1 in (steps, (epoch + 1) * per_epoch)):
+                line["validation"] = validate()
+            out.write(json.dumps(line) + "\n")
             out.flush()
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:.1f} GB")
@@ -301,16 +312,18 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{run} is finished; evaluate it with python eval.py {run}")
         s = replace(s, **given(args))
         folder = base_of(run, s, recorded, args.base)
-        config, rows = checkpoint.read_config(folder), data.read_rows(s.data)
+        config = for_task(checkpoint.read_config(folder), s.task)
+        rows = data.read_rows(s.data, data.TASKS[s.task].source)
         check(s, config)
     else:
         s, config = settle(args)
         run, recorded = args.out or run_folder(s), None
         if not args.dry_run:  # before the data are read
             check_new(run)
-        rows = data.read_rows(s.data) if not args.dry_run or data.is_local(s.data) else []
+        rows = (data.read_rows(s.data, data.TASKS[s.task].source)
+                if not args.dry_run or data.is_local(s.data) else [])
         planned = plan.make(s, config, rows=len(rows))
-        print(origin(args))
+        print("\n".join(origins(s, config, given(args))))
         if args.dry_run:
             plan.show(s, planned, known_as(s.model, config))
             return
@@ -319,14 +332,17 @@ def main(argv: list[str] | None = None) -> None:
 
     use_threads(s.threads)
     tokenizer = checkpoint.Tokenizer(folder, config)
-    chosen = data.training_set(rows, tokenizer, s.examples, s.max_length, s.seed,
-                               data.TASKS[s.task].prompt)
-    columns = " + ".join(filter(None, data.layout(rows[0])))
-    print(f"data: {len(chosen.examples):,} of {len(rows):,} rows of {s.data} ({columns})"
+    task = data.TASKS[s.task]
+    chosen = data.training_set(rows, tokenizer, s.examples, s.max_length, s.seed, task)
+    print(f"data: {len(chosen.examples):,} of {len(rows):,} rows of {s.data} "
+          f"({' + '.join(data.columns(rows[0], task))})"
           + (f"; {chosen.dropped} dropped, no response within {s.max_length} tokens"
              if chosen.dropped else "")
           + (f"; {chosen.cut} cut after {s.max_length} tokens, so without their end"
              if chosen.cut else ""))
+    validation = {b: data.read_rows(s.data if Path(s.data).is_dir() else BENCHMARKS[b].source,
+                                    BENCHMARKS[b].source)
+                  for b in (of_group(BENCHMARKS, task.group) if task.classes else [])}
     if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
               "examples are longer")
@@ -334,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"note: calibration on {len(chosen.examples)} examples, not {s.calibration}")
     if recorded and recorded["data_sha256"] != chosen.sha256:
         raise UserError(f"{s.data}: not the data that {run} was started with")
-    model = checkpoint.load(folder, s.master_dtype, s.device)
+    model = checkpoint.load(folder, s.master_dtype, s.device, task.classes or None, s.seed)
     if recorded is None:  # run.json goes first: with it alone a run can be resumed
         run.mkdir(parents=True, exist_ok=True)
         write_run(run, s, {
@@ -364,7 +380,8 @@ def main(argv: list[str] | None = None) -> None:
           f"{time.perf_counter() - started:.1f} s; --micro-batch {s.micro_batch}"
           + (" (as memory had room; it decides the draws of dropout)" if s.dropout else ""))
 
-    if not train(model, s, chosen.examples, run):
+    validate = evaluation.validator(model, tokenizer, validation) if validation else None
+    if not train(model, s, chosen.examples, run, validate):
         print(f"stopped; go on with: python train.py --resume {run}")
         sys.exit(130)
     if s.how.trains == "weights":
@@ -373,6 +390,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         checkpoint.save_adapter(run / "adapter.safetensors", model, initial, s.residual)
     shutil.rmtree(run / "checkpoint")
+    for sentence in evaluation.best_and_last(evaluation.epoch_scores(run)):
+        print(sentence)
     print(f"done: {run}; evaluate it with: python eval.py {run}")
 
 

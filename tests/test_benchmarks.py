@@ -88,13 +88,25 @@ ROWS = {  # a row of each benchmark's own dataset
     "webqs": {"qText": "what do jamaicans speak?", "answers": ["Patois", "Jamaican English"]},
     "word_problems": {"question": " 2 bags?", "answer": " 2 times 3 is 6. The answer is: 6"},
 } | {name: {"question": "where does rozi buspu live?", "answer": ["vedomi"], "frequent": True}
-     for name in ("city", "job", "year")}
+     for name in ("city", "job", "year")} | {
+    "cola": {"sentence": "It rains.", "label": 1},
+    "sst2": {"sentence": "dull", "label": 0},
+    "mrpc": {"sentence1": "a", "sentence2": "b", "label": 1},
+    "stsb": {"sentence1": "a", "sentence2": "b", "label": 2.5},
+    "qqp": {"question1": "a", "question2": "b", "label": 1},
+    "mnli": {"premise": "a", "hypothesis": "b", "label": 2},
+    "mnli-mm": {"premise": "a", "hypothesis": "b", "label": 2},
+    "qnli": {"question": "a", "sentence": "b", "label": 0},
+    "rte": {"sentence1": "a", "sentence2": "b", "label": 0},
+}
 PROMPTS = {
     "gsm8k": data.PROMPT.format(instruction="2+2?") + " Let's think step by step.",
     "nq_open": "Answer these questions:\n\nQ: who wrote faust?\nA:",
     "webqs": "Question: what do jamaicans speak?\nAnswer:",
     "word_problems": "Q: 2 bags?\nA:",
-} | dict.fromkeys(("city", "job", "year"), "Q: where does rozi buspu live?\nA:")
+} | dict.fromkeys(("city", "job", "year"), "Q: where does rozi buspu live?\nA:") | {
+    "cola": ["It rains."], "sst2": ["dull"]} | {
+    name: ["a", "b"] for name in ("mrpc", "stsb", "qqp", "mnli", "mnli-mm", "qnli", "rte")}
 
 
 @pytest.mark.parametrize("name", B.BENCHMARKS)
@@ -107,6 +119,7 @@ def test_every_row_of_the_table_is_complete(name):
     row = data.Row(ROWS[name], "x:1")
     assert b.prompt(row) == PROMPTS[name]
     gold = b.gold(row)
+    assert b.protocol != "classify" or gold == ROWS[name]["label"]
     if b.protocol == "complete":
         assert b.new_tokens > 0
         said = gold if isinstance(gold, str) else gold[0]

@@ -215,6 +215,7 @@ def test_hub_datasets_are_asked_for_by_repository_and_file(monkeypatch, tmp_path
 
     (tmp_path / "x.json").write_text(json.dumps(ROWS))
     monkeypatch.setattr(data, "hub_download", hub)
-    for name, (place, _, _) in data.SOURCES.items():
+    for name, (place, *_) in data.SOURCES.items():
         assert isinstance(place, Path) or len(data.read_rows(name)) == len(ROWS)
     assert ("meta-math/MetaMathQA", "MetaMathQA-395K.json", "dataset") in asked
+    assert ("nyu-mll/glue", "mnli/validation_mismatched-00000-of-00001.parquet", "dataset") in asked

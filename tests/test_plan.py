@@ -112,7 +112,8 @@ def test_what_the_user_fixes_stays():
 def test_factors_of_a_block_are_counted_once_where_they_are_shared():
     """Against the factors themselves: q, k, v share one Σ_h, and so do gate and up."""
     model, s = tiny_llama(), S.Settings(model="x", dtype="float32", shallow=1)
-    for targets in (S.LINEARS, ("k_proj", "v_proj", "down_proj"), ("gate_proj", "o_proj")):
+    for targets in (M.DECODER_TARGETS["seven"], ("k_proj", "v_proj", "down_proj"),
+                    ("gate_proj", "o_proj")):
         names = [n for n in M.linear_names(model, targets) if farss.block_index(n) == 0]
         factors = farss.kfac_factors(model, [tiny_batch([(3, 4)])], names)
         held = {t.data_ptr(): t.numel() * t.element_size() for f in factors.values() for t in f}

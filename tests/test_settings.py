@@ -16,6 +16,10 @@ import settings as S
 import train
 
 
+def origins(args):
+    return S.origins(*S.settle(args), S.given(args))
+
+
 def settled(*argv):
     return S.settle(S.training_arguments("", [*argv, "--dry-run"]))[0]
 
@@ -44,8 +48,11 @@ def test_a_model_of_the_paper_is_known_by_its_shape_whatever_its_name(tmp_path, 
         rms_norm_eps=1e-5, max_position_embeddings=8192, hidden_act="silu"))
     args = S.training_arguments("", ["--model", str(copy), "--dry-run", "--lr", "1e-3"])
     assert S.settle(args)[0].shallow == 9
-    assert "shallow: the row of llama3-8b, as its shape says" in S.origin(args)
-    assert "flags: lr, model" in S.origin(args)
+    said = origins(args)
+    assert said[0] == (f"settings of {copy} (llama3-8b, as the shape of its config says), math, "
+                       "farss:")
+    assert "  the paper, A.6: shallow 9 of 32 blocks" in said
+    assert "  the command line: lr 0.001" in said
     train.main(["--model", str(copy), "--dry-run"])
     assert "the paper prints 276M" in capsys.readouterr().out
     config = C.MODELS["llama3-8b"][1]
@@ -53,13 +60,14 @@ def test_a_model_of_the_paper_is_known_by_its_shape_whatever_its_name(tmp_path, 
     assert S.known_as("x", S.replace(config, num_hidden_layers=31)) == "x"
     write_checkpoint(tmp_path / "tiny")
     args = S.training_arguments("", ["--model", str(tmp_path / "tiny"), "--dry-run"])
-    assert "shallow: 7/32 of the blocks" in S.origin(args)
+    assert "  chosen here, 7/32 of the blocks: shallow 1 of 4 blocks" in origins(args)
 
 
 def test_presets_name_settings_and_models():
     names = {f.name for f in fields(S.Settings)}
     for (model, task), row in S.PRESETS.items():
-        assert model in C.MODELS and task in data.TASKS
+        # code and instruction: rows of the table of parameters, before there is such a task
+        assert model in (None, *C.MODELS) and task in (*data.TASKS, "code", "instruction")
         assert set(row.settings) <= names
 
 

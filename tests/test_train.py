@@ -103,7 +103,8 @@ def test_one_lora_step_is_pefts(tmp_path):
     train.initialise(model, s, examples())
     theirs = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
-        peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(S.LINEARS), lora_dropout=0.0))
+        peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0,
+                        target_modules=list(M.DECODER_TARGETS["seven"])))
     layers = M.adapted_layers(model)
     with torch.no_grad():
         for name, layer in layers.items():
@@ -479,7 +480,7 @@ def test_a_console_without_greek_letters_and_a_python_without_resource(here):
 
 
 def test_help_names_equations_sources_and_defaults(capsys):
-    for call, words in ((train.main, ("K-FAC factors (A.2.1); default 256", "Eq. 5", "--dry-run")),
+    for call, words in ((train.main, ("K-FAC factors; default 256 (A.2.1)", "Eq. 5", "--dry-run")),
                         (E.main, ("Eq. 36-38", "--full-results", "lm_eval"))):
         with pytest.raises(SystemExit) as stop:
             call(["--help"])
