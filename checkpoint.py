@@ -8,6 +8,8 @@
     save_adapter, load_adapter    A, B and the A0, B0 that were taken out of W
     atomic       a file is written whole or not at all
 
+`python checkpoint.py --list` prints the short names and families that are supported.
+
 Only safetensors are read, never a pickle; no code of a checkpoint runs. Bad input is a UserError
 of one line that names the file.
 """
@@ -856,3 +858,29 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.hf.decode(list(ids), skip_special_tokens=True)
+
+
+# ------------------------------------------------------------------------------- what is supported
+
+
+def supported() -> Iterator[str]:
+    """The short names, with sizes computed from their configs, and the families behind them."""
+    yield f"{'short name':24}{'hub id':38}{'model_type':12}{'parameters':>11}{'blocks':>8}"
+    for name, (place, config) in MODELS.items():
+        size = sum(p.numel() for p in empty(config).parameters()) / 1e6
+        where = "(in this repository)" if isinstance(place, Path) else place
+        yield (f"{name:24}{where:38}{config.model_type:12}{size:>10,.1f}M"
+               f"{config.num_hidden_layers:>8}")
+    yield ("\nBesides these any hub id or folder whose config.json has the model_type "
+           + ", ".join(FAMILIES))
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", required=True,
+                        help="print what is supported and how large it is")
+    parser.parse_args()
+    print("\n".join(supported()))

@@ -1,5 +1,7 @@
 """What a run will cost before it starts: parameters, ranks, steps, memory; and what is free.
 
+    python plan.py     the table of the paper's models and tasks that the README shows
+
     make(s, config)    the numbers, for --dry-run, for tables, and for train.py to fill in the
                        micro-batch before it loads the model
     show(s, plan)      the same as text
@@ -10,14 +12,33 @@ Nothing here needs weights, data or the hub.
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from checkpoint import free_memory
+import checkpoint
 from farss import block_index
-from model import FAMILIES, Config, empty, linear_shapes, place, whole_parameters
-from settings import DTYPES, Settings, preset
+from model import (
+    DECODER_TARGETS,
+    ENCODER_TARGETS,
+    FAMILIES,
+    Config,
+    empty,
+    linear_shapes,
+    place,
+    whole_parameters,
+)
+from settings import (
+    DTYPES,
+    GLUE,
+    PRESETS,
+    Parser,
+    Preset,
+    Settings,
+    preset,
+    run_main,
+    whole_blocks,
+)
 
 CALIBRATION_BATCH = 8  # sequences; a constant, so that no number depends on the free memory
 # Linear layers that read the same tensor share one Σ_h: by layer, a name for what it reads.
@@ -221,7 +242,7 @@ def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: 
 
 def device_memory(device: str | None) -> float:
     """Free bytes on the device; without one (a plan), the paper's 80 GB GPU."""
-    return 80e9 if device is None else free_memory(device)
+    return 80e9 if device is None else checkpoint.free_memory(device)
 
 
 def memory_used(device: str) -> float:
@@ -299,3 +320,57 @@ def show(s: Settings, plan: Plan, known: str) -> None:
         print("              THIS DOES NOT FIT"
               + (": AdamW needs 16 bytes for every weight" if s.how.trains == "weights" else
                  "; try a smaller --max-length or --targets"))
+
+
+# ------------------------------------------------------------- the table of the paper's models
+
+
+def impossible(s: Settings, shapes: Shapes, printed: int) -> bool:
+    """Whether no shallow ranks in [r_min, r_max] give the printed millions, to half a million."""
+    low, high = (adapter_parameters(s, shapes, r) for r in (s.r_min, s.r_max))
+    return not low - 0.5e6 <= printed * 1e6 <= high + 0.5e6
+
+
+def counts(s: Settings, shapes: Shapes, printed: int | None) -> str:
+    """"277.2 (250.4..284.8; 271)": millions if every shallow rank were r_avg, between the least
+    and the most; and what the paper prints, marked ! where no ranks give that."""
+    low, at, high = (adapter_parameters(s, shapes, r) / 1e6 for r in (s.r_min, s.r_avg, s.r_max))
+    paper = "" if printed is None else f"; {printed}{'!' * impossible(s, shapes, printed)}"
+    return f"{at:.1f} ({low:.1f}..{high:.1f}{paper})"
+
+
+def paper_table() -> Iterator[str]:
+    """Every model and task of the paper, in Markdown: trainable parameters in millions."""
+    yield ("| model | parameters | task | shallow of blocks | LoRA 128 | FARSS 128 | matched R | "
+           "FARSS at it |")
+    yield "|---|---|---|---|---|---|---|---|"
+    for (model, task), row in PRESETS.items():
+        if model and row.printed:
+            yield table_row(model, task, row, DECODER_TARGETS["seven"])
+    for name, targets in ENCODER_TARGETS.items():
+        yield table_row("roberta-base", f"GLUE, {name} linears", GLUE, targets)
+
+
+def table_row(model: str, task: str, row: Preset, targets: tuple[str, ...]) -> str:
+    config = checkpoint.MODELS[model][1]
+    skeleton = empty(config)
+    shapes = linear_shapes(skeleton, targets)
+    s = Settings(model=model, targets=",".join(targets),
+                 shallow=whole_blocks(row.settings["shallow"], config))
+    at_128, at_matched = row.printed or (None, None)
+    lora = s.rank * sum(m + n for m, n in shapes.values())
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    matched = counts(replace(s, rank=row.matched_rank), shapes, at_matched) if (
+        row.matched_rank) else "-"
+    return (f"| {model} | {parameters / 1e6:,.0f}M | {task} | {s.shallow} of "
+            f"{config.num_hidden_layers} | {lora / 1e6:.2f} | {counts(s, shapes, at_128)} | "
+            f"{row.matched_rank or '-'} | {matched} |")
+
+
+def main() -> None:
+    Parser(__doc__).parse_args()
+    print("\n".join(paper_table()))
+
+
+if __name__ == "__main__":
+    run_main(main)

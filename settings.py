@@ -132,7 +132,8 @@ class Preset(NamedTuple):
 
     settings: dict[str, Any]
     matched_rank: int | None = None  # R of the run that matches LoRA's parameters (Tables 2, 10)
-    printed: tuple[int, int] | None = None  # FARSS's #Params in millions, at R = 128 and matched
+    # FARSS's #Params in millions, at R = 128 and at the matched rank
+    printed: tuple[int, int | None] | None = None
     source: str = "here"  # of these settings
     sources: Mapping[str, str] = MappingProxyType({})  # of those that have another
     base_results: Path | None = None  # stored scores before fine-tuning, for K
@@ -152,7 +153,7 @@ GLUE = Preset(
          dropout=0.0,  # of an adapter that holds top directions it drops part of W itself; and
                        # RoBERTa has its own dropout, in every block
          dtype="float32"),  # the lowest directions are below bf16's last bit, and it is small
-    source="A.4.1", sources=dict(
+    printed=(10, None), source="A.4.1", sources=dict(
         rank="A.4.1", shallow="4.2", targets="4.2", examples="here", dropout="here", dtype="here",
         alpha="here", warmup="here", weight_decay="here"))
 
@@ -356,17 +357,21 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
                 raise UserError(f"no --{name} is known for {method} on {model}; give one")
             row[name] = value[method]
     s = Settings(**(row | flags | {"task": task}))
-    sets, blocks = FAMILIES[config.model_type].targets, config.num_hidden_layers
-    part = 7 / 32 if s.shallow is None else s.shallow
+    sets = FAMILIES[config.model_type].targets
     device = s.device if args.dry_run and not s.device else str(checkpoint.pick_device(s.device))
     s = replace(
         s, device=device, dtype=s.dtype or ("float32" if device == "cpu" else "bfloat16"),
-        shallow=round(blocks * part) if isinstance(part, float) else part,
+        shallow=whole_blocks(7 / 32 if s.shallow is None else s.shallow, config),
         targets=",".join(sets.get(s.targets or next(iter(sets)), [s.targets])),
         alpha=float(s.rank if s.alpha is None else s.alpha),
         data=s.data or data.TASKS[s.task].source)
     check(s, config)
     return s, config
+
+
+def whole_blocks(shallow: float, config: Config) -> int:
+    """A number of blocks, which a fraction is of all of them."""
+    return round(shallow * config.num_hidden_layers) if isinstance(shallow, float) else shallow
 
 
 # What a setting must be; NaN is in no range.

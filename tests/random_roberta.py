@@ -3,9 +3,9 @@
     python tests/random_roberta.py FOLDER
 
 FOLDER/model is what a hub repository would hold: roberta-base's architecture with two blocks and a
-vocabulary of 400, its weights as they are before pretraining, without a classification head. FOLDER/SST-2 holds train.tsv and
-dev.tsv: reviews whose adjectives are all of one kind, so that a model which learnt to read gets
-every one of them right.
+vocabulary of 400, its weights as they are before pretraining, without a classification head.
+FOLDER/SST-2 holds train.tsv and dev.tsv: reviews whose adjectives are all of one kind, so that a
+model which learnt to read gets every one of them right.
 """
 
 import json

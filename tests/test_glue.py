@@ -1,0 +1,357 @@
+"""GLUE from its files to its scores: rows, labels, pairs, metrics, and whole runs of train and eval.
+"""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import random_roberta
+import scipy.stats
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import benchmarks as B
+import checkpoint as C
+import data
+import eval as E
+import model as M
+import settings as S
+import train
+from checkpoint import UserError
+
+SMALL = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4,
+             head_dim=8)
+FLAGS = ["--device", "cpu", "--rank", "8", "--r-avg", "3", "--r-max", "4", "--calibration", "32",
+         "--batch-size", "16", "--max-length", "64"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A small random RoBERTa in model/, the separable set in SST-2/."""
+    folder = tmp_path_factory.mktemp("glue")
+    random_roberta.write(folder, **SMALL)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def tsv(folder, name, *lines):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes("".join(line + "\n" for line in lines).encode())
+    return folder
+
+
+def test_quotes_and_carriage_returns_are_text_and_broken_lines_are_counted(tmp_path, capsys):
+    """csv's own rules would swallow everything between two stray quotes."""
+    tsv(tmp_path, "train.tsv", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+        '0\t1\t2\tWhat is "x?\tWhy\rnot?\t1', "1\t3\t4\tlost its end", '2\t5\t6\t"a" b\tc"\t0\r',
+        "3\t7\t8\t\tan empty question\t0", "4\t9\t9\ttoo\tmany\tcells\t1", "")
+    rows = data.read_rows(str(tmp_path), "glue:qqp/train")
+    said = capsys.readouterr().out
+    assert "2 lines have not 6 columns and are left out, the first of them line 3" in said
+    assert "has 3 rows, and glue:qqp/train as published 363,846" in said
+    task = data.TASKS["glue:qqp"]
+    assert [data.texts_of(r, task) for r in rows] == [
+        ['What is "x?', "Why\rnot?"], ['"a" b', 'c"'], ["", "an empty question"]]
+    assert [data.label_of(r, task.classes) for r in rows] == [1, 0, 0]
+    assert rows[1].where.endswith("train.tsv:4")
+
+
+TSV = {  # the header of each original file, a line of it, and what is in it
+    "cola": (None, 'gj04\t1\t\tOur friends\' "x".', ['Our friends\' "x".'], 1),
+    "sst2": ("sentence\tlabel", "a gem \t1", ["a gem "], 1),
+    "mrpc": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "0\t7\t8\ta\tb", ["a", "b"], 0),
+    "stsb": ("index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\t"
+             "score", "0\tg\tf\ty\t1\tn\tn\ta\tb\t4.750", ["a", "b"], 4.75),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\ta\tb\t1",
+            ["a", "b"], 1),
+    "mnli": ("index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
+             "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+             "0\t1\t1n\tg\t(\t(\t(\t(\ta\tb\tentailment\tneutral", ["a", "b"], 1),
+    "qnli": ("index\tquestion\tsentence\tlabel", "0\ta\tb\tnot_entailment", ["a", "b"], 1),
+    "rte": ("index\tsentence1\tsentence2\tlabel", "0\ta\tb\tentailment", ["a", "b"], 0),
+}
+HUB = {"cola": {"sentence": 'Our friends\' "x".', "label": 1}, "sst2": {"sentence": "a gem ",
+       "label": 1}, "mrpc": {"sentence1": "a", "sentence2": "b", "label": 0},
+       "stsb": {"sentence1": "a", "sentence2": "b", "label": 4.75},
+       "qqp": {"question1": "a", "question2": "b", "label": 1},
+       "mnli": {"premise": "a", "hypothesis": "b", "label": 1},
+       "qnli": {"question": "a", "sentence": "b", "label": 1},
+       "rte": {"sentence1": "a", "sentence2": "b", "label": 0}}
+
+
+@pytest.mark.parametrize("form", ["tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("name", TSV)
+def test_every_task_in_every_form(tmp_path, name, form):
+    header, line, texts, label = TSV[name]
+    task, split = data.TASKS[f"glue:{name}"], next(iter(data.GLUE[name]))
+    if form == "tsv":
+        tsv(tmp_path, "train.tsv", *filter(None, [header]), line, line)
+    elif form == "jsonl":
+        (tmp_path / "train.jsonl").write_text(2 * (json.dumps(HUB[name]) + "\n"))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([HUB[name]] * 2),
+                                    tmp_path / "train-00000-of-00001.parquet")
+    rows = data.read_rows(str(tmp_path), f"glue:{name}/{split}")
+    assert len(rows) == 2
+    assert data.texts_of(rows[0], task) == texts
+    found = data.label_of(rows[0], task.classes)
+    assert found == label and type(found) is type(label)
+
+
+def test_which_file_of_a_folder_stands_for_a_split(tmp_path):
+    tsv(tmp_path, "dev_matched.tsv", "x"), tsv(tmp_path, "dev_mismatched.tsv", "x")
+    matched, other = (f"glue:mnli/validation_{x}" for x in ("matched", "mismatched"))
+    assert data.in_folder(tmp_path, matched).name == "dev_matched.tsv"
+    assert data.in_folder(tmp_path, other).name == "dev_mismatched.tsv"
+    hub = "validation_matched-00000-of-00001.parquet"
+    (tmp_path / hub).touch()
+    assert data.in_folder(tmp_path, matched).name == hub
+    with pytest.raises(UserError, match="holds no train file: .*train.tsv"):
+        data.in_folder(tmp_path, "glue:mnli/train")
+
+
+@pytest.mark.parametrize("value, classes", [
+    (-1, ("a", "b")), ("-", ("a", "b")), (2, ("a", "b")), ("A", ("a", "b")), (0.5, ("a", "b")),
+    (None, ("a", "b")), (["0"], ("a", "b")), ("high", ("score",)), ("nan", ("score",)),
+    (math.inf, ("score",))])
+def test_what_is_no_label_is_refused(value, classes):
+    with pytest.raises(UserError, match="file:7"):
+        data.label_of(data.Row({"label": value}, "file:7"), classes)
+
+
+def test_published_rows_are_glues_own():
+    """Wang et al., Table 1, and the GLUE site; the eight of Table 3."""
+    assert {name: sum(rows.values()) for name, rows in data.GLUE.items()} == {
+        "cola": 9594, "sst2": 68221, "mrpc": 4076, "stsb": 7249, "qqp": 404276, "mnli": 412349,
+        "qnli": 110206, "rte": 2767}
+
+
+# ---------------------------------------------------------------------------------- pairs of texts
+
+
+@pytest.fixture(scope="module")
+def tokenizers(home):
+    folder = home / "model"
+    return (C.Tokenizer(folder, C.read_config(folder)),
+            transformers.AutoTokenizer.from_pretrained(folder))
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.text(max_size=30), st.none() | st.text(max_size=30), st.integers(5, 40))
+def test_texts_and_pairs_are_cut_as_transformers_cuts_them(tokenizers, a, b, length):
+    ours, theirs = tokenizers
+    ids, cut = ours.encode_texts([a] if b is None else [a, b], length)
+    expected = theirs(a, b, truncation=True, max_length=length)["input_ids"]
+    assert ids == expected and ids[0] == 0 and ids[-1] == 2 and len(ids) <= length
+    whole = theirs(a, b)["input_ids"]
+    assert cut == (len(whole) > length)
+
+
+def test_a_tokenizer_without_a_first_token_is_refused(home, tmp_path):
+    """The class is read off it."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for file in (home / "model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": None}))
+    with pytest.raises(UserError, match="no token in front"):
+        C.Tokenizer(folder, C.read_config(folder))
+
+
+def test_labels_of_a_batch_are_classes_or_numbers():
+    batch = data.collate([data.Example([0, 5, 2], 3, 1), data.Example([0, 2], 2, 0)])
+    assert batch["labels"].tolist() == [1, 0] and batch["labels"].dtype == torch.long
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert data.collate([data.Example([0, 2], 2, 2.5)])["labels"].dtype == torch.float32
+    assert data.Example([0, 5, 2], 3, 1).targets == 1
+    assert data.Example([0, 5, 2], 1).targets == 2 and data.Example([0, 5, 2], 0).targets == 2
+
+
+# ---------------------------------------------------------------------------------------- metrics
+
+
+def records(predicted, gold):
+    return [{"predicted": p, "gold": g, "correct": p == g}
+            for p, g in zip(predicted, gold, strict=True)]
+
+
+def test_metrics_by_hand_and_by_scipy():
+    draw = random.Random(0)
+    gold = [draw.randint(0, 1) for _ in range(200)]
+    predicted = [g if draw.random() < 0.7 else 1 - g for g in gold]
+    pairs = list(zip(predicted, gold, strict=True))
+    tp, tn, fp, fn = (pairs.count(pair) for pair in ((1, 1), (0, 0), (1, 0), (0, 1)))
+    by_hand = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert B.matthews(records(predicted, gold)) == pytest.approx(100 * by_hand, abs=1e-10)
+    assert B.accuracy(records(predicted, gold)) == (tp + tn) / 2
+    x, y = ([draw.gauss(0, 1) for _ in range(50)] for _ in range(2))
+    assert B.pearson(records(x, y)) == pytest.approx(100 * scipy.stats.pearsonr(x, y)[0])
+    assert B.pearson(records(x, [3 * v - 1 for v in x])) == pytest.approx(100)
+    assert {n: B.BENCHMARKS[n].metric for n in ("cola", "stsb", "rte")} == {
+        "cola": B.matthews, "stsb": B.pearson, "rte": B.accuracy}
+
+
+def test_constant_predictions(capsys):
+    """Matthews' correlation is then 0 by convention; Pearson's has no value, which is said."""
+    assert B.matthews(records([1, 1, 1], [0, 1, 1])) == 0
+    assert math.isnan(B.pearson(records([2.0, 2.0], [1.0, 3.0])))
+    assert E.score_of("stsb", records([2.0, 2.0], [1.0, 3.0])) is None
+    assert "stsb: all predictions are equal" in capsys.readouterr().out
+    result = {"model": "x", "task": "glue:stsb", "method": "lora",
+              "benchmarks": {"stsb": {"score": None, "n": 2}}}
+    result["summary"] = E.summarise(result, None, None)
+    assert result["summary"] == {"Avg": None}
+    assert E.table([result])[-1].count("undefined") == 2 if isinstance(
+        E.table([result]), list) else "undefined" in list(E.table([result]))[-1]
+
+
+def test_best_and_last_epoch():
+    epochs = [{"a": 50.0, "b": None}, {"a": 70.0, "b": None}, {"a": 60.0, "b": None}]
+    assert list(E.best_and_last(epochs)) == [
+        "a: last epoch 60.00, best epoch 70.00 (number 2 of 3, chosen on the set it is scored on)"]
+    assert list(E.best_and_last([])) == []
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["farss", "lora", "full"])
+def test_a_separable_set_is_learnt_and_scored(home, method, capsys):
+    train.main(["--model", str(home / "model"), "--task", "glue:sst2", "--data",
+                str(home / "SST-2"), "--method", method, "--lr", "4e-3", "--epochs", "6", *FLAGS])
+    out = capsys.readouterr().out
+    run = Path("runs") / f"model-glue-sst2-{method}-s0"
+    assert "has no head for negative, positive; a new one, of seed 0" in out
+    assert "384 of 384 rows" in out and "sst2: last epoch 100.00" in out
+    lines = log_of(run)
+    assert len(lines) == 6 * 24  # 384 rows in batches of 16
+    assert [i + 1 for i, line in enumerate(lines) if "validation" in line] == [
+        24 * epoch for epoch in range(1, 7)]
+    E.main([str(run), "--device", "cpu"])
+    results = E.read_results(run)
+    assert results["benchmarks"]["sst2"]["score"] == 100 and len(results["epochs"]) == 6
+    assert results["epochs"][-1] == {"sst2": 100.0}
+    first = json.loads((run / "eval" / "sst2.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == [random_roberta.reviews(100, 1)[0][0]] and first["correct"]
+    if method != "full":
+        head = C.load_tensors(run / "adapter.safetensors")[0]["classifier.out_proj.weight"]
+        assert head.shape == (2, 32)
+
+
+@pytest.mark.parametrize("name, line, columns", [
+    ("cola", "gj\t{label}\t\tword {i}", None),
+    ("stsb", "{i}\t1.{i}\tword\tother {i}", "index\tscore\tsentence1\tsentence2"),
+    ("mnli", "word {i}\tother\t{name}", "sentence1\tsentence2\tgold_label")])
+def test_a_task_of_each_kind(home, tmp_path, name, line, columns):
+    """Two classes and Matthews, a number and Pearson, three classes on two sets."""
+    classes = data.TASKS[f"glue:{name}"].classes
+    lines = [line.format(i=i, label=i % 2, name=classes[i % len(classes)]) for i in range(9)]
+    for file in ("train", "dev", "dev_matched", "dev_mismatched"):
+        tsv(tmp_path / "set", f"{file}.tsv", *filter(None, [columns]), *lines)
+    train.main(["--model", str(home / "model"), "--task", f"glue:{name}", "--data",
+                str(tmp_path / "set"), "--method", "lora", "--out", "run", "--epochs", "2", *FLAGS])
+    E.main(["run", "--device", "cpu"])
+    results = E.read_results("run")
+    expected = ["mnli", "mnli-mm"] if name == "mnli" else [name]
+    assert list(results["benchmarks"]) == expected == list(log_of(Path("run"))[-1]["validation"])
+    last = {b: r["score"] for b, r in results["benchmarks"].items()}
+    assert last == pytest.approx(log_of(Path("run"))[-1]["validation"], abs=1e-3)
+
+
+def test_a_resumed_run_is_the_same_run(home, monkeypatch):
+    flags = ["--model", str(home / "model"), "--task", "glue:sst2", "--data",
+             str(home / "SST-2"), "--epochs", "2", "--save-every", "5", *FLAGS]
+    train.main([*flags, "--out", "whole"])
+    real, calls = train.train_step, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 30:  # in the second epoch
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--out", "cut"])
+    monkeypatch.setattr(train, "train_step", real)
+    train.main(["--resume", "cut"])
+    one, two = (Path(run) / "adapter.safetensors" for run in ("whole", "cut"))
+    assert one.read_bytes() == two.read_bytes()
+    assert E.epoch_scores(Path("cut")) == E.epoch_scores(Path("whole")) != []
+
+
+def test_full_fine_tuning_is_a_checkpoint_of_its_own(home):
+    """Its model folder is read by transformers, and scored as it is."""
+    train.main(["--model", str(home / "model"), "--task", "glue:sst2", "--data",
+                str(home / "SST-2"), "--method", "full", "--out", "run", "--steps", "3", *FLAGS])
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained("run/model").eval()
+    assert theirs.config.id2label == {0: "negative", 1: "positive"}
+    ids = torch.tensor([[0, 9, 8, 2]])
+    with torch.no_grad():
+        torch.testing.assert_close(C.load("run/model", device="cpu")(ids), theirs(ids).logits,
+                                   rtol=1e-4, atol=1e-5)
+    E.main(["run/model", "--task", "glue:sst2", "--data", f"sst2={home / 'SST-2'}", "--out",
+            "as-it-is", "--device", "cpu"])
+    E.main(["run", "--device", "cpu"])
+    assert E.read_results("as-it-is")["benchmarks"]["sst2"]["score"] == (
+        E.read_results("run")["benchmarks"]["sst2"]["score"])
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--task", "math"], "--task math is not for a roberta model; give one of glue:cola"),
+    (["--task", "glue:sst2", "--max-length", "513"], "positions for 512 tokens"),
+    (["--task", "glue:sst2", "--targets", "q_proj"], "no linear layer is called q_proj; there are"),
+    (["--task", "glue:sst2", "--targets", "classifier.dense"], "no linear layer"),
+    (["--task", "glue:sst2", "--data", "nowhere"], "nowhere: no such file"),
+])
+def test_bad_input_of_a_classifier(home, flags, words):
+    with pytest.raises(UserError, match=words):
+        train.main(["--model", str(home / "model"), "--device", "cpu", *flags])
+    assert not Path("runs").exists()
+
+
+def test_a_decoder_has_no_glue_task():
+    with pytest.raises(UserError, match="glue:rte is not for a llama model"):
+        train.main(["--model", "microcosm", "--task", "glue:rte"])
+    with pytest.raises(UserError, match="glue:rte is not for a llama model"):
+        E.main(["microcosm", "--task", "glue:rte"])
+
+
+def test_an_untrained_head_is_not_scored(home):
+    with pytest.raises(UserError, match="no classification head for negative, positive; train"):
+        E.main([str(home / "model"), "--task", "glue:sst2"])
+
+
+def test_the_papers_settings_of_glue():
+    """A.4.1 and section 4.2; both target sets by name."""
+    def settled(*flags):
+        return S.settle(S.training_arguments("", ["--model", "roberta-base", "--task", "glue:rte",
+                                                  "--dry-run", *flags]))[0]
+    s = settled()
+    assert (s.shallow, s.rank, s.r_min, s.r_avg, s.r_max) == (6, 128, 1, 50, 64)
+    assert (s.lr, s.batch_size, s.epochs, s.max_length, s.scaling) == (4e-4, 64, 10, 512, 1)
+    assert s.target_names == list(M.ENCODER_TARGETS["six"])
+    assert settled("--targets", "four").target_names == list(M.ENCODER_TARGETS["four"])
+    assert settled("--targets", "query,output.dense").target_names == ["query", "output.dense"]
+    assert S.run_folder(s).name == "roberta-base-glue-rte-farss-s0"  # no colon: not on Windows
