@@ -283,7 +283,9 @@ def read_config(folder: str | Path) -> Config:
     said = {k: raw[k] for k in (*REQUIRED, *defaults) if k in raw}
     value: dict[str, Any] = {f.name: None if f.default is MISSING else f.default
                              for f in fields(Config)}
-    value |= defaults | {k: v for k, v in said.items() if v is not None or defaults.get(k)}
+    silent = {k for k, v in said.items() if v is None and
+              (defaults.get(k) is None or defaults[k] is False)}  # not 0, which is a token id
+    value |= defaults | {k: v for k, v in said.items() if k not in silent}
     value["model_type"] = kind
     value["hidden_act"] = value.get("hidden_activation", value["hidden_act"])  # Gemma's name
     if value["hidden_act"] not in tuple(ACTIVATIONS):
