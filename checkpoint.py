@@ -628,8 +628,11 @@ def config_json(config: Config) -> dict[str, Any]:
         raw["query_pre_attn_scalar"] = config.head_dim
     if "hidden_activation" in family.defaults:
         raw |= {"hidden_act": config.hidden_act, "hidden_activation": config.hidden_act}
+    if config.rope_scaling:  # transformers wants its one whole number written as such
+        whole = "original_max_position_embeddings"
+        raw["rope_scaling"] = config.rope_scaling | {whole: int(config.rope_scaling[whole])}
     if "rope_theta" in family.defaults:
-        raw["rope_parameters"] = (config.rope_scaling or {"rope_type": "default"}) | {
+        raw["rope_parameters"] = (raw["rope_scaling"] or {"rope_type": "default"}) | {
             "rope_theta": config.rope_theta}
     if config.labels:
         raw["id2label"] = {str(i): name for i, name in enumerate(config.labels)}
