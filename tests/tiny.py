@@ -48,11 +48,15 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings) ->
     not all alike."""
     torch.manual_seed(seed)
     model = M.CausalLM(M.Config(**(TINY | settings)))
-    plus = 1.0 if M.FAMILIES[model.config.model_type].one_plus_norm else 0.0
+    family = M.FAMILIES[model.config.model_type]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.uniform_(0.5 - plus, 1.5 - plus)
+                parameter.uniform_(0.5, 1.5)
+                if family.norm_behind and "post_" in name:
+                    parameter.mul_(3)  # with branches below a tied embedding tokens repeat
+                if family.one_plus_norm:
+                    parameter.sub_(1)
             else:
                 parameter.normal_(0, 0.5 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5)
     return model.to(dtype).eval()
