@@ -431,6 +431,16 @@ def test_gemma2_defaults(tmp_path, missing):
     assert getattr(C.read_config(tmp_path), name) == getattr(theirs, missing)
 
 
+def test_no_scalar_means_the_head_width(tmp_path):
+    """transformers wants the number, and would take 256 where it is missing."""
+    model = tiny_llama(num_hidden_layers=2, **GEMMA2 | dict(query_pre_attn_scalar=None))
+    C.save(model, tmp_path)
+    ids, _ = padded("right")
+    with torch.no_grad():
+        close(model(ids), oracle(tmp_path)(input_ids=ids).logits)
+        equal(model(ids), load(tmp_path)(ids))
+
+
 @pytest.mark.parametrize("field", ["attn_logit_softcapping", "final_logit_softcapping",
                                    "pad_token_id", "bos_token_id"])
 def test_null_is_none_where_that_can_be(tmp_path, field):

@@ -140,6 +140,20 @@ def test_bf16(kind, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("one_plus, theirs", [
+    (False, transformers.models.llama.modeling_llama.LlamaRMSNorm),
+    (True, transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm)], ids=["llama", "gemma2"])
+def test_norm_in_bf16_bit_by_bit(one_plus, theirs):
+    """Llama rounds to bf16 before it multiplies by w, Gemma multiplies by 1 + w before."""
+    torch.manual_seed(0)
+    ours, theirs = M.RMSNorm(64, 1e-6, one_plus), theirs(64, 1e-6)
+    ours.weight.uniform_(-0.5, 1.5)
+    theirs.load_state_dict(ours.state_dict())
+    x = 3 * torch.randn(50, 64, dtype=torch.bfloat16)
+    equal(ours.bfloat16()(x), theirs.bfloat16()(x))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_embedding_is_scaled_as_the_dtype_rounds_the_root(dtype, tmp_path):
     """√24 = 4.899 is 4.906 in bf16, and so Gemma was trained; bit by bit, as transformers does."""
@@ -178,7 +192,7 @@ def test_attention_by_hand(cap, masked):
         seen[1, :, :, 2] = seen[:, :, 5, :3] = False
         seen[1, :, 2, 2] = True
     out = M.attend(q, k, v, seen if masked else None, 0.7, cap)
-    for b, head in ((0, 0), (0, 5), (1, 2), (1, 3)):
+    for b, head in ((0, 1), (0, 5), (1, 2), (1, 4)):
         scores = 0.7 * q[b, head] @ k[b, head // 3].T
         scores = scores if cap is None else cap * (scores / cap).tanh()
         weights = scores.exp() * seen[b, 0]
