@@ -285,7 +285,9 @@ def read_config(folder: str | Path) -> Config:
     said = {k: raw[k] for k in (*REQUIRED, *defaults) if k in raw}
     value: dict[str, Any] = {f.name: None if f.default is MISSING else f.default
                              for f in fields(Config)}
-    value |= defaults | {k: v for k, v in said.items() if v is not None or defaults.get(k)}
+    silent = {k for k, v in said.items() if v is None and
+              (defaults.get(k) is None or defaults[k] is False)}  # not 0, which is a token id
+    value |= defaults | {k: v for k, v in said.items() if k not in silent}
     value["model_type"] = kind
     value["hidden_act"] = value.get("hidden_activation", value["hidden_act"])  # Gemma's name
     if value["hidden_act"] not in tuple(ACTIVATIONS):
@@ -633,8 +635,11 @@ def config_json(config: Config) -> dict[str, Any]:
         raw["query_pre_attn_scalar"] = config.head_dim
     if "hidden_activation" in family.defaults:
         raw |= {"hidden_act": config.hidden_act, "hidden_activation": config.hidden_act}
+    if config.rope_scaling:  # transformers wants its one whole number written as such
+        whole = "original_max_position_embeddings"
+        raw["rope_scaling"] = config.rope_scaling | {whole: int(config.rope_scaling[whole])}
     if "rope_theta" in family.defaults:
-        raw["rope_parameters"] = (config.rope_scaling or {"rope_type": "default"}) | {
+        raw["rope_parameters"] = (raw["rope_scaling"] or {"rope_type": "default"}) | {
             "rope_theta": config.rope_theta}
     if config.labels:
         raw["id2label"] = {str(i): name for i, name in enumerate(config.labels)}

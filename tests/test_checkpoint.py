@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import (
+    GEMMA2,
     KINDS,
+    MISTRAL,
     ROPE3,
     byte_tokenizer,
     oracle,
@@ -69,8 +71,9 @@ def test_load_what_transformers_saved(pair, tmp_path, stored, shard_size):
     weights_equal(ours, theirs.float())
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     ids, _ = padded("right")
+    again = oracle(tmp_path, dtype=torch.float32)  # .float() leaves Gemma's √d as bf16 rounds it
     with torch.no_grad():
-        close(ours(ids), theirs(input_ids=ids).logits)
+        close(ours(ids), again(input_ids=ids).logits)
     # rope_scaling has a test of its own, test_both_generations_of_config
     assert replace(ours.config, rope_scaling=None) == replace(pair.ours.config, rope_scaling=None)
 
@@ -92,25 +95,100 @@ def edit_weights(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_tied_head_stored_twice(tmp_path):
-    model = tiny_llama(num_hidden_layers=1, tie_word_embeddings=True)
+@pytest.mark.parametrize("setting", [dict(tie_word_embeddings=True), GEMMA2],
+                         ids=["llama", "gemma2"])
+def test_tied_head_stored_twice(setting, tmp_path):
+    model = tiny_llama(num_hidden_layers=1, **setting)
     C.save(model, tmp_path)
     edit_weights(tmp_path, lambda t: t.update(
         {"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     again = load(tmp_path)
     weights_equal(again, model)
     assert again.lm_head.weight is again.model.embed_tokens.weight
+    split_into_shards(tmp_path, 7)  # head and embedding in two files
+    weights_equal(load(tmp_path), model)
+    head = next(tmp_path.glob("model-00001-of*"))
+    assert "lm_head.weight" in load_file(head)
+    save_file({n: t + (n == "lm_head.weight") for n, t in load_file(head).items()}, head)
+    refused(lambda: load(tmp_path), head, "lm_head.weight is not the embedding")
 
 
 def test_old_inv_freq_is_ignored_aloud(folder, capsys):
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    """One line, however many blocks have it."""
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in (0, 1)]
     before = load(folder).state_dict()
     assert capsys.readouterr().out == ""
-    edit_weights(folder, lambda t: t.update({name: torch.ones(4)}))
-    after = load(folder).state_dict()
-    assert capsys.readouterr().out.splitlines() == [
-        f"model.safetensors: ignoring {name} (the model computes it)"]
-    assert all(after[n].equal(before[n]) for n in before) and len(after) == len(before)
+    for some, more in ((names[:1], ""), (names, " and 1 more")):
+        edit_weights(folder, lambda t, some=some: t.update(
+            {n: torch.ones(4) for n in some}))
+        after = load(folder).state_dict()
+        assert capsys.readouterr().out.splitlines() == [
+            f"model.safetensors: ignoring {names[0]}{more} (the model computes it)"]
+        assert all(after[n].equal(before[n]) for n in before) and len(after) == len(before)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    """Which one counts would hang on the order of the files."""
+    first, second, _ = split_into_shards(folder)
+    save_file(load_file(folder / second) | {"lm_head.weight": torch.ones(258, 32)},
+              folder / second)
+    assert "lm_head.weight" in load_file(folder / first)
+    refused(lambda: load(folder), folder / second, f"lm_head.weight also stands in {first}")
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("value, stored, loaded", [
+    (1e5, torch.float32, torch.float16), (-1e5, torch.bfloat16, torch.float16),
+    (3.4e38, torch.float32, torch.bfloat16),  # rounds up, beyond the largest
+])
+def test_values_that_the_dtype_cannot_hold_are_refused(folder, value, stored, loaded):
+    edit_weights(folder, lambda t: t.update({UP: t[UP].to(stored)}))
+    edit_weights(folder, lambda t: t[UP].__setitem__((3, 4), value))
+    refused(lambda: load(folder, loaded), folder / "model.safetensors",
+            f"{UP} holds .*, more than {loaded} can; load it as float32")
+    assert load(folder, torch.float32).get_parameter(UP)[3, 4] == torch.tensor(value).to(stored)
+
+
+@pytest.mark.parametrize("value", [65504.0, float("inf"), float("nan")])
+def test_what_was_infinite_before_is_no_overflow(folder, value):
+    edit_weights(folder, lambda t: t[UP].__setitem__((3, 4), value))
+    torch.testing.assert_close(load(folder, torch.float16).get_parameter(UP)[3, 4].item(), value,
+                               equal_nan=True)
+
+
+@pytest.mark.parametrize("share, dtype, words", [
+    (3.9, torch.float32, r"take 0\.0 GB as float32, and cpu has .* free; as bfloat16 \(--dtype "
+                         r"bfloat16\) they take"),
+    (2.0, torch.float32, "as bfloat16"),
+    (1.9, torch.float32, "free; take a smaller model or another --device"),
+    (1.9, torch.bfloat16, "as bfloat16, .* free; take a smaller model"),
+    (4.0, torch.float32, None), (2.0, torch.float16, None)])
+def test_no_room_for_the_weights(folder, monkeypatch, share, dtype, words):
+    """`share` bytes are free for each weight; nothing is read before that is known."""
+    weights = sum(p.numel() for p in load(folder).parameters())
+    monkeypatch.setattr(C, "free_memory", lambda device: share * weights)
+    if words is None:
+        load(folder, dtype)
+        return
+    monkeypatch.setattr(C, "read_tensors", lambda *_: 1 / 0)
+    refused(lambda: load(folder, dtype), folder, words)
+
+
+@pytest.mark.parametrize("limit, used, free", [
+    (None, None, 3e6 * 1024), ("max", "5", 3e6 * 1024), ("2000000000", "500000000", 1.5e9),
+    ("9000000000", "500000000", 3e6 * 1024)])
+def test_free_memory_is_the_least_of_machine_and_container(tmp_path, monkeypatch, limit, used,
+                                                           free):
+    (tmp_path / "meminfo").write_text("MemTotal:  9000000 kB\nMemFree:  1000 kB\n"
+                                      "MemAvailable:  3000000 kB\nHugePages_Total:  0\n")
+    for name, text in (("memory.max", limit), ("memory.current", used)):
+        if text:
+            (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(C, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(C, "CGROUP", tmp_path)
+    assert C.free_memory("cpu") == free
 
 
 def split_into_shards(folder, n=3):
@@ -269,6 +347,119 @@ def test_short_names_need_no_download(name, monkeypatch):
     assert config == C.MODELS[name][1]
     assert config.num_attention_heads % config.num_key_value_heads == 0
     assert max(config.eos_token_ids) < config.vocab_size
+
+
+DECODERS = [name for name, (_, config) in C.MODELS.items()
+            if not M.FAMILIES[config.model_type].encoder]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_config_to_transformers_and_back(name, tmp_path):
+    """Every field that a model depends on; and transformers' own file is read as the same."""
+    ours = C.MODELS[name][1]
+    raw = C.config_json(ours)
+    C.save_json(tmp_path / "config.json", raw)
+    assert C.read_config(tmp_path) == ours
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    defaults = M.FAMILIES[ours.model_type].defaults
+    for field in (*C.REQUIRED, *set(defaults) - {"rope_theta", "rope_scaling", "eos_token_id",
+                                                 "hidden_act", "hidden_activation"}):
+        assert getattr(theirs, field) == getattr(ours, field), field
+    assert theirs.eos_token_id == list(ours.eos_token_ids)
+    assert getattr(theirs, "hidden_activation", theirs.hidden_act) == ours.hidden_act
+    assert theirs.rope_parameters == {"rope_theta": ours.rope_theta} | (
+        ours.rope_scaling or {"rope_type": "default"})
+    if ours.model_type == "gemma2":
+        assert theirs.layer_types == ["sliding_attention", "full_attention"] * (
+            ours.num_hidden_layers // 2)
+    theirs.save_pretrained(tmp_path / "back")
+    assert "rope_theta" not in C.read_json(tmp_path / "back" / "config.json")
+    assert C.read_config(tmp_path / "back") == ours
+
+
+@pytest.mark.parametrize("kind", ["llama3 rope", "eps and theta", "gemma2"])
+def test_written_configs_have_rope_in_both_places(kind):
+    """transformers 4 looks at the top alone: there is no other sign that it read 10000."""
+    config = tiny_llama(num_hidden_layers=1, **KINDS[kind]).config
+    raw = C.config_json(config)
+    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == config.rope_theta
+    assert raw["rope_scaling"] == config.rope_scaling
+    assert raw["rope_parameters"].items() >= (config.rope_scaling or {}).items()
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_two_places_that_contradict_each_other_are_refused(folder, place):
+    edit_json(folder / "config.json", {"rope_parameters", "rope_scaling"} - {place},
+              **{place: {"rope_type": "default", "rope_theta": 5.0}})
+    refused(lambda: load(folder), folder / "config.json",
+            f"rope_theta is 10000.0, and in {place} 5.0")
+    edit_json(folder / "config.json", rope_theta=5.0)
+    assert load(folder).config.rope_theta == 5.0
+    edit_json(folder / "config.json", ["rope_theta"])
+    assert load(folder).config.rope_theta == 5.0
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize("base, good, bad", [
+    (GEMMA2, [SLIDING, FULL, SLIDING], [[FULL, SLIDING, FULL], [SLIDING] * 3, [SLIDING, FULL],
+                                        [], "sliding_attention", 3]),
+    (MISTRAL, [SLIDING] * 3, [[SLIDING, FULL, SLIDING], [FULL] * 3]),
+], ids=["gemma2", "mistral"])
+def test_layer_types(tmp_path, base, good, bad):
+    C.save(tiny_llama(num_hidden_layers=3, **base), tmp_path)
+    before = C.read_config(tmp_path)
+    edit_json(tmp_path / "config.json", layer_types=good)
+    assert C.read_config(tmp_path) == before
+    for kinds in bad:
+        edit_json(tmp_path / "config.json", layer_types=kinds)
+        refused(lambda: C.read_config(tmp_path), tmp_path / "config.json",
+                "layer_types .* is not supported")
+
+
+@pytest.mark.parametrize("missing", ["sliding_window", "query_pre_attn_scalar", "head_dim",
+                                     "attn_logit_softcapping", "final_logit_softcapping",
+                                     "tie_word_embeddings", "num_key_value_heads",
+                                     "hidden_activation", "pad_token_id"])
+def test_gemma2_defaults(tmp_path, missing):
+    """A gemma2 config without these keys has transformers' defaults, and may say hidden_act."""
+    C.save(tiny_llama(num_hidden_layers=2, **GEMMA2 | dict(num_attention_heads=12)), tmp_path)
+    edit_json(tmp_path / "config.json", [missing], hidden_act="silu")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    name = "hidden_act" if missing == "hidden_activation" else missing
+    assert getattr(C.read_config(tmp_path), name) == getattr(theirs, missing)
+
+
+def test_no_scalar_means_the_head_width(tmp_path):
+    """transformers wants the number, and would take 256 where it is missing."""
+    model = tiny_llama(num_hidden_layers=2, **GEMMA2 | dict(query_pre_attn_scalar=None))
+    C.save(model, tmp_path)
+    ids, _ = padded("right")
+    with torch.no_grad():
+        close(model(ids), oracle(tmp_path)(input_ids=ids).logits)
+        equal(model(ids), load(tmp_path)(ids))
+
+
+@pytest.mark.parametrize("field", ["attn_logit_softcapping", "final_logit_softcapping",
+                                   "pad_token_id", "bos_token_id"])
+def test_null_is_none_where_that_can_be(tmp_path, field):
+    C.save(tiny_llama(num_hidden_layers=2, **GEMMA2), tmp_path)
+    edit_json(tmp_path / "config.json", **{field: None})
+    assert getattr(transformers.AutoConfig.from_pretrained(tmp_path), field) is None
+    assert getattr(C.read_config(tmp_path), field) is None
+
+
+@pytest.mark.parametrize("field, value", [
+    ("attn_logit_softcapping", 0), ("attn_logit_softcapping", "50"),
+    ("final_logit_softcapping", -1.0), ("query_pre_attn_scalar", 0),
+    ("query_pre_attn_scalar", 20.5), ("sliding_window", -1), ("sliding_window", True),
+    ("hidden_activation", "relu"), ("hidden_activation", None)])
+def test_bad_fields_of_gemma2(tmp_path, field, value):
+    C.save(tiny_llama(num_hidden_layers=2, **GEMMA2), tmp_path)
+    edit_json(tmp_path / "config.json", **{field: value})
+    refused(lambda: C.read_config(tmp_path), tmp_path / "config.json",
+            field.replace("hidden_activation", "hidden_act"))
 
 
 # -------------------------------------------------------------------------------------- tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curvlinops import KFACLinearOperator
-from tiny import tiny_batch, tiny_llama
+from tiny import GEMMA2, MISTRAL, tiny_batch, tiny_llama
 from torch import nn
 
 import farss
@@ -68,7 +68,8 @@ def by_retain_grad(model, data, names):
 
 
 @pytest.mark.parametrize("setting", [{}, dict(attention_bias=True, mlp_bias=True),
-                                     dict(tie_word_embeddings=True)])
+                                     dict(tie_word_embeddings=True), MISTRAL, GEMMA2],
+                         ids=["plain", "biases", "tied", "mistral", "gemma2"])
 def test_factors_equal_an_explicit_loop_over_unpadded_sequences(setting):
     model, data = llama64(**setting), tiny_batch(ROWS)
     names = M.linear_names(model, SEVEN)
@@ -327,8 +328,8 @@ def two_batches():
 @pytest.mark.parametrize("setting", [{}, dict(attention_bias=True, mlp_bias=True),
                                      dict(tie_word_embeddings=True),
                                      dict(num_attention_heads=3, num_key_value_heads=1,
-                                          hidden_size=24)],
-                         ids=["plain", "biases", "tied", "three heads"])
+                                          hidden_size=24), MISTRAL, GEMMA2],
+                         ids=["plain", "biases", "tied", "three heads", "mistral", "gemma2"])
 def test_sweep_gives_the_factors_of_the_whole_model(setting, targets):
     model = llama64(num_hidden_layers=3, **setting)
     names = M.linear_names(model, targets)

@@ -1,4 +1,4 @@
-"""model.py against transformers on tiny random Llamas: loss, decoding, adapters, sizes."""
+"""model.py against transformers on tiny random decoders: loss, decoding, adapters, sizes."""
 
 from dataclasses import replace
 from functools import partial
@@ -6,8 +6,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from tiny import (
+    GEMMA2,
     KINDS,
+    MISTRAL,
     ROPE3,
     oracle,
     padded,
@@ -51,6 +54,39 @@ def test_settings_matter(llama, setting):
     assert (tiny_llama(num_hidden_layers=2, **setting)(ids) - llama(ids)).abs().max() > 0.5
 
 
+def same_weights(model, **settings):
+    """A model of other settings with the weights of `model`, as far as it has a place for them."""
+    other = M.CausalLM(replace(model.config, **settings)).eval()
+    assert not other.load_state_dict(model.state_dict(), strict=False).missing_keys
+    return other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base, setting", [
+    (MISTRAL, dict(sliding_window=None)), (MISTRAL, dict(sliding_window=8)),
+    *[(GEMMA2, setting) for setting in (
+        dict(sliding_window=None), dict(sliding_window=8), dict(query_pre_attn_scalar=None),
+        dict(attn_logit_softcapping=None), dict(final_logit_softcapping=None),
+        dict(hidden_act="silu"), dict(hidden_act="gelu"))]], ids=str)
+def test_settings_of_mistral_and_gemma2_matter(base, setting):
+    ids, _ = padded("right")
+    model = tiny_llama(num_hidden_layers=2, **base)
+    change = (same_weights(model, **setting)(ids) - model(ids)).abs().max()
+    assert change > (1e-3 if setting == dict(hidden_act="gelu") else 0.3)  # by tanh, or by erf
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flag", [dict(one_plus_norm=False), dict(norm_behind=False),
+                                  dict(scaled_embedding=False), dict(window_every=1),
+                                  dict(window_every=3)], ids=str)
+def test_flags_of_a_family_matter(flag, monkeypatch):
+    """Three blocks, since of three every second has the window and every third is another."""
+    ids, _ = padded("right")
+    model = tiny_llama(num_hidden_layers=3, **GEMMA2)
+    monkeypatch.setitem(M.FAMILIES, "gemma2", M.FAMILIES["gemma2"]._replace(**flag))
+    assert (same_weights(model)(ids) - model(ids)).abs().max() > 0.3
+
+
 def test_loss_and_gradients(pair):
     batch = tiny_batch([(5, 9), (3, 40), (7, 1)])
     ours, theirs = pair.ours, pair.theirs
@@ -87,7 +123,8 @@ def test_greedy_tokens(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["two-to-one heads", "everything"])
+@pytest.mark.parametrize("kind", ["two-to-one heads", "everything", "mistral with a window",
+                                  "gemma2", "gemma2, no caps, no tie"])
 def test_bf16(kind, tmp_path):
     """bf16 rounds after every operation, so the yardstick is transformers' own bf16 error: ours
     against fp32 may be at most 1.25 times as large (it measures 1.00)."""
@@ -102,17 +139,65 @@ def test_bf16(kind, tmp_path):
     assert 0 < error < 1.25 * allowed < 0.2
 
 
-def test_double_precision():
+@torch.no_grad()
+@pytest.mark.parametrize("one_plus, theirs", [
+    (False, transformers.models.llama.modeling_llama.LlamaRMSNorm),
+    (True, transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm)], ids=["llama", "gemma2"])
+def test_norm_in_bf16_bit_by_bit(one_plus, theirs):
+    """Llama rounds to bf16 before it multiplies by w, Gemma multiplies by 1 + w before."""
+    torch.manual_seed(0)
+    ours, theirs = M.RMSNorm(64, 1e-6, one_plus), theirs(64, 1e-6)
+    ours.weight.uniform_(-0.5, 1.5)
+    theirs.load_state_dict(ours.state_dict())
+    x = 3 * torch.randn(50, 64, dtype=torch.bfloat16)
+    equal(ours.bfloat16()(x), theirs.bfloat16()(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_embedding_is_scaled_as_the_dtype_rounds_the_root(dtype, tmp_path):
+    """√24 = 4.899 is 4.906 in bf16, and so Gemma was trained; bit by bit, as transformers does."""
+    model = tiny_llama(num_hidden_layers=1, **GEMMA2).to(dtype)
+    C.save(model, tmp_path)
+    ids, _ = padded("right")
+    theirs = oracle(tmp_path, dtype=dtype)(input_ids=ids, output_hidden_states=True)
+    equal(model.model.enter(ids)[0], theirs.hidden_states[0])
+    unrounded = (model.model.embed_tokens(ids).double() * 24**0.5).to(dtype)
+    assert (unrounded != theirs.hidden_states[0]).any()
+
+
+@pytest.mark.parametrize("setting", [{}, GEMMA2], ids=["llama", "gemma2"])
+def test_double_precision(setting):
     """A float64 model is float64 throughout, the angles' fp32 frequencies apart: finite
     differences of its loss need that."""
-    model, ids = tiny_llama(dtype=torch.float64, num_hidden_layers=1), torch.arange(20)[None]
-    x = torch.randn(7, 32, dtype=torch.float64)
-    norm = model.model.norm
-    expected = x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+    model = tiny_llama(dtype=torch.float64, num_hidden_layers=1, **setting)
+    ids, norm = torch.arange(20)[None], model.model.norm
+    x = torch.randn(7, len(norm.weight), dtype=torch.float64)
+    weight = 1 + norm.weight if setting else norm.weight
+    expected = x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * weight
     torch.testing.assert_close(norm(x), expected, rtol=1e-14, atol=1e-14)
     total, n = model.loss(ids, ids)
     by_hand = -model(ids)[0, :-1].log_softmax(-1)[torch.arange(n), ids[0, 1:]].sum()
     torch.testing.assert_close(total, by_hand, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_by_hand(cap, masked):
+    """Query heads 0-2 read key-value head 0, 3-5 the second; all of it in fp64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 7, 4, dtype=torch.float64) for h in (6, 2, 2))
+    seen = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    if masked:
+        seen[1, :, :, 2] = seen[:, :, 5, :3] = False
+        seen[1, :, 2, 2] = True
+    out = M.attend(q, k, v, seen if masked else None, 0.7, cap)
+    for b, head in ((0, 1), (0, 5), (1, 2), (1, 4)):
+        scores = 0.7 * q[b, head] @ k[b, head // 3].T
+        scores = scores if cap is None else cap * (scores / cap).tanh()
+        weights = scores.exp() * seen[b, 0]
+        by_hand = weights / weights.sum(-1, keepdim=True) @ v[b, head // 3]
+        torch.testing.assert_close(out[b, head], by_hand, rtol=1e-13, atol=1e-13)
 
 
 def test_causal_mask_by_hand():
@@ -122,6 +207,15 @@ def test_causal_mask_by_hand():
                    for m in ([0, 0, 1, 1], [1, 1, 0, 0]))
     assert left == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert right == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+
+
+def test_window_mask_by_hand():
+    """A window of 2 is the key before and the query's own; the last three of four queries."""
+    whole, left, right = (M.causal_mask(torch.tensor([m]), 3, 2)[0, 0].int().tolist()
+                          for m in ([1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0]))
+    assert whole == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert left == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert right == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -191,23 +285,34 @@ def test_gradient_checkpointing():
 # -------------------------------------------------------------------------------------- generate
 
 
-@pytest.fixture(scope="module")
-def chains(llama):
+@torch.no_grad()
+def recomputed(model, new=16):
     """The greedy continuation of each prompt, alone, by full recomputation: no cache, no batch."""
     out = []
-    with torch.no_grad():
-        for prompt in PROMPTS:
-            ids = list(prompt)
-            for _ in range(16):
-                ids.append(llama(torch.tensor([ids]))[0, -1].argmax().item())
-            out.append(ids[len(prompt):])
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(new):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        out.append(ids[len(prompt):])
     return out
 
 
-def test_generate_equals_recomputation(llama, chains):
-    assert M.generate(llama, PROMPTS, 16) == chains  # batched, unequal lengths
-    assert [M.generate(llama, [p], 16)[0] for p in PROMPTS] == chains  # one by one
-    assert M.generate(llama, [PROMPTS[0]] * 3, 16) == [chains[0]] * 3  # no padding, no mask
+@pytest.fixture(scope="module")
+def chains(llama):
+    return recomputed(llama)
+
+
+@pytest.fixture(scope="module", params=["two-to-one heads", "mistral with a window", "gemma2"])
+def decoder(request):
+    """One without a window, and two whose windows of 7 and 9 the sequences outgrow."""
+    return tiny_llama(num_hidden_layers=2, **KINDS[request.param])
+
+
+def test_generate_equals_recomputation(decoder):
+    chains = recomputed(decoder)
+    assert M.generate(decoder, PROMPTS, 16) == chains  # batched, unequal lengths
+    assert [M.generate(decoder, [p], 16)[0] for p in PROMPTS] == chains  # one by one
+    assert M.generate(decoder, [PROMPTS[0]] * 3, 16) == [chains[0]] * 3  # no padding, no mask
     assert len({tuple(c) for c in chains}) == len(chains)
 
 
@@ -266,32 +371,30 @@ def test_generate_restores_train_mode(training):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", [
-    None,
-    "left", "right"])
-@pytest.mark.parametrize("cuts", [(6, 12), (5, 6, 9, 12)])
-def test_cache_in_pieces(llama, side, cuts):
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("cuts", [(6, 12), (5, 6, 9, 12), (10, 11, 12), (4, 12)])
+def test_cache_in_pieces(decoder, side, cuts):
     """A sequence fed through the cache in pieces of any length equals the sequence at once."""
     ids, mask = padded(side or "right", lengths=(12, 9))
     mask = None if side is None else mask
-    cache, start, out = M.KVCache(llama.config, 2, 12, llama.lm_head.weight), 0, []
+    cache, start, out = M.KVCache(decoder.config, 2, 12, decoder.lm_head.weight), 0, []
     for end in cuts:
         seen = None if mask is None else mask[:, :end]
-        out.append(llama.model(ids[:, start:end], seen, cache))
+        out.append(decoder.model(ids[:, start:end], seen, cache))
         start = end
         assert cache.length == end
     real = slice(None) if mask is None else mask.bool()
-    close(torch.cat(out, 1)[real], llama.model(ids, mask)[real])
+    close(torch.cat(out, 1)[real], decoder.model(ids, mask)[real])
 
 
 @torch.no_grad()
-def test_cache_token_by_token(llama):
+def test_cache_token_by_token(decoder):
     """Without a mask, as generate does for prompts of one length."""
-    ids, _ = padded("right", lengths=(12, 12))
-    cache = M.KVCache(llama.config, 2, 12, llama.lm_head.weight)
-    out = [llama.model(ids[:, :6], None, cache)]
-    out += [llama.model(ids[:, i : i + 1], None, cache) for i in range(6, 12)]
-    close(torch.cat(out, 1), llama.model(ids))
+    ids, _ = padded("right", lengths=(24, 24))
+    cache = M.KVCache(decoder.config, 2, 24, decoder.lm_head.weight)
+    out = [decoder.model(ids[:, :6], None, cache)]
+    out += [decoder.model(ids[:, i : i + 1], None, cache) for i in range(6, 24)]
+    close(torch.cat(out, 1), decoder.model(ids))
 
 
 # --------------------------------------------------------------------------------- linear layers
@@ -441,37 +544,34 @@ def adapter_size(config, targets, r):
     return sum(r * (m + n) for m, n in shapes) / 1e6
 
 
-# Only the shapes are Gemma's and RoBERTa's; what these models compute is not theirs.
-GEMMA = M.Config(256000, 3584, 14336, 42, 16, 8, 256)
-ROBERTA = M.Config(50265, 768, 3072, 12, 12, 12, 64)
-
 
 def test_empty_takes_no_memory():
     """On a small model, so that a failure is a failure and not 50 GB below."""
     assert all(p.is_meta for p in M.empty(tiny_llama().config).parameters())
 
 
-@pytest.mark.parametrize("config, targets, r, millions", [
+@pytest.mark.parametrize("name, targets, r, millions", [
     ("llama2-7b", SEVEN, 128, 319.8),
     ("mistral-7b-v0.3", SEVEN, 128, 335.5),
     ("llama3-8b", SEVEN, 128, 335.5),
     ("llama3.1-8b", SEVEN, 128, 335.5),
     ("llama2-13b", SEVEN, 128, 500.7),
-    (GEMMA, SEVEN, 128, 432.1),
+    ("gemma2-9b", SEVEN, 128, 432.1),
     ("llama2-7b", FIVE, 32, 56.10),
     ("llama3-8b", FIVE, 32, 56.62),
-    (ROBERTA, [m for m in SEVEN if m != "gate_proj"], 128, 21.23),
-    (ROBERTA, ["q_proj", "v_proj", "o_proj", "up_proj"], 128, 12.98),
+    ("roberta-base", M.ENCODER_TARGETS["six"], 128, 21.23),
+    ("roberta-base", M.ENCODER_TARGETS["four"], 128, 12.98),
 ])
-def test_adapter_sizes_of_the_paper(config, targets, r, millions):
-    config = C.MODELS[config][1] if isinstance(config, str) else config
-    assert adapter_size(config, targets, r) == pytest.approx(
+def test_adapter_sizes_of_the_paper(name, targets, r, millions):
+    assert adapter_size(C.MODELS[name][1], targets, r) == pytest.approx(
         millions, abs=0.05 if millions > 100 else 0.005)
 
 
 @pytest.mark.parametrize("name, millions", [
     ("llama2-7b", 6738), ("llama2-13b", 13016), ("llama3-8b", 8030), ("llama3.1-8b", 8030),
-    ("llama3.2-1b", 1236), ("llama3.2-3b", 3213), ("mistral-7b-v0.3", 7248),
+    ("llama3.2-1b", 1236), ("llama3.2-3b", 3213), ("mistral-7b-v0.1", 7242),
+    ("mistral-7b-v0.3", 7248), ("gemma2-2b", 2614), ("gemma2-9b", 9242),
+    ("roberta-base", 124.65), ("roberta-large", 355.36),  # with a head for two classes
     ("smollm2-135m", 134.5), ("smollm2-360m", 361.8), ("smollm2-1.7b", 1711),
 ])
 def test_sizes_of_the_built_in_models(name, millions):
@@ -479,6 +579,43 @@ def test_sizes_of_the_built_in_models(name, millions):
     assert all(p.is_meta for p in model.parameters())
     size = sum(p.numel() for p in model.parameters()) / 1e6  # a tied head counts once
     assert size == pytest.approx(millions, abs=0.5 if millions > 1000 else 0.05)
+
+
+@pytest.mark.parametrize("name", C.MODELS)
+def test_names_and_shapes_of_the_built_in_models_are_those_of_transformers(name, tmp_path):
+    config = C.MODELS[name][1]
+    C.save_json(tmp_path / "config.json", C.config_json(config))
+    theirs = getattr(transformers, M.FAMILIES[config.model_type].architecture)
+    with torch.device("meta"):
+        theirs = theirs(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert ({n: p.shape for n, p in M.empty(config).named_parameters()}
+            == {n: p.shape for n, p in theirs.named_parameters()})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "llama3.2-1b", "mistral-7b-v0.1",
+                                  "gemma2-2b", "gemma2-9b", "smollm2-135m"])
+def test_real_widths(name, tmp_path):
+    """What differs only at full size: head width and count, scale of the scores and of the
+    embedding, frequencies. One block of each sort, a narrow MLP, and a window that 20 tokens
+    outgrow."""
+    config = C.MODELS[name][1]
+    config = replace(config, vocab_size=512, intermediate_size=256,
+                     num_hidden_layers=M.FAMILIES[config.model_type].window_every,
+                     bos_token_id=1, eos_token_ids=(2,),
+                     sliding_window=config.sliding_window and 12)
+    model = M.CausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.uniform_(-1, 1).mul_(2 * parameter.shape[1] ** -0.5)
+    C.save(model, tmp_path)
+    ids = torch.randint(512, (2, 20), generator=torch.Generator().manual_seed(0))
+    logits = model(ids)
+    del model  # at most two of the three live at once
+    again, theirs = load(tmp_path)(ids), oracle(tmp_path)(input_ids=ids).logits
+    equal(again, logits)
+    close(logits, theirs)
+    assert logits.std() > 0.5
 
 
 def test_misuse_that_would_be_silently_wrong_is_refused():

@@ -1,4 +1,4 @@
-"""Tiny random Llamas, their tokenizer and data for the tests: nothing is downloaded."""
+"""Tiny random decoders, their tokenizer and data for the tests: nothing is downloaded."""
 
 import json
 import random
@@ -18,6 +18,11 @@ TINY = dict(vocab_size=258, hidden_size=32, intermediate_size=80, num_hidden_lay
 ROPE3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 16}
 GQA3 = dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=24)
+# Windows shorter than the tests' sequences, caps that bite, head widths unlike d / heads.
+MISTRAL = dict(model_type="mistral", sliding_window=7)
+GEMMA2 = dict(GQA3, model_type="gemma2", head_dim=12, hidden_act="gelu_pytorch_tanh",
+              tie_word_embeddings=True, sliding_window=9, query_pre_attn_scalar=20,
+              attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
 KINDS = {
     "one-to-one heads": dict(num_key_value_heads=4),
     "two-to-one heads": dict(),
@@ -31,17 +36,27 @@ KINDS = {
     "everything": dict(GQA3, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
                        head_dim=12, rope_scaling=ROPE3),
     "mistral": dict(model_type="mistral"),
+    "mistral with a window": MISTRAL,
+    "gemma2": GEMMA2,
+    "gemma2, no caps, no tie": GEMMA2 | dict(
+        attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=False),
 }
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> M.CausalLM:
-    """A random Llama; the weights are large enough for logits that are not all alike."""
+    """A random Llama, or what model_type says; the weights are large enough for logits that are
+    not all alike."""
     torch.manual_seed(seed)
     model = M.CausalLM(M.Config(**(TINY | settings)))
+    family = M.FAMILIES[model.config.model_type]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
+                if family.norm_behind and "post_" in name:
+                    parameter.mul_(3)  # with branches below a tied embedding tokens repeat
+                if family.one_plus_norm:
+                    parameter.sub_(1)
             else:
                 parameter.normal_(0, 0.5 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5)
     return model.to(dtype).eval()
