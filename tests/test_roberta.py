@@ -340,7 +340,8 @@ def test_a_stored_head_of_the_same_classes_is_put_in_order(own, labels, order, t
 @pytest.mark.parametrize("own, labels", [
     *((TINY_ROBERTA["labels"], x) for x in (("no", "yes"), ("no", "maybe", "perhaps"), ("score",),
                                             ("no", "maybe", "yes", "never"))),
-    (("a", "A", "b"), ("b", "a", "A")), (("LABEL_0", "LABEL_2"), ("no", "yes"))], ids=str)
+    (("a", "A", "b"), ("b", "a", "A")), (("LABEL_0", "LABEL_2"), ("no", "yes")),
+    (("LABEL_0", "LABEL_1", "LABEL_2"), ("no", "yes"))], ids=str)
 def test_a_stored_head_of_other_classes_gives_way(own, labels, tmp_path, capsys):
     """And one whose classes differ in case alone, wanted in another order."""
     C.save(tiny_roberta(labels=own), tmp_path)
@@ -698,6 +699,15 @@ def test_drawn_classes_give_the_exact_fisher():
     assert (sampled - exact).norm() < 0.07 * exact.norm()
     labelled = farss.kfac_factors(model, [text], [name])[name][1]
     assert (labelled - exact).norm() > 0.2 * exact.norm()
+
+
+@pytest.mark.parametrize("labels", [("no", "maybe", "yes"), ("score",)], ids=["classes", "number"])
+def test_labels_are_drawn_by_the_generator_alone(labels):
+    model, untouched = tiny_roberta(labels=labels), torch.get_rng_state()
+    hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).expand(500, -1)
+    first, again, other = (model.draw(hidden, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert first.equal(again) and not first.equal(other)
+    equal(torch.get_rng_state(), untouched)
 
 
 def test_drawn_numbers_have_the_score_as_mean_and_variance_a_half():
