@@ -568,11 +568,11 @@ def head_order(stored: dict[str, Stored], own: tuple[str, ...], labels: tuple[st
     """
     if "classifier.out_proj.weight" not in stored or len(own) != len(labels):
         return None
-    named = [name.lower() for name in own]
-    if named == [f"label_{i}" for i in range(len(own))]:
-        return list(range(len(own)))
-    wanted = [name.lower() for name in labels]
-    return [named.index(name) for name in wanted] if sorted(named) == sorted(wanted) else None
+    named, wanted = ([name.lower() for name in names] for names in (own, labels))
+    if own != labels and sorted(named) == sorted(set(wanted)):
+        return [named.index(name) for name in wanted]
+    nameless = named == [f"label_{i}" for i in range(len(own))]
+    return list(range(len(own))) if own == labels or nameless else None
 
 
 def has_head(folder: str | Path, labels: tuple[str, ...]) -> bool:

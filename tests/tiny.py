@@ -131,3 +131,73 @@ def write_data(folder: str | Path, seed: int = 0) -> Path:
     (folder / "webqs.json").write_text(json.dumps(
         [{"qText": "what do jamaicans speak?", "answers": ["Jamaican English", "Patois"]}]))
     return folder
+
+
+# ----------------------------------------------------------------------------------------- RoBERTa
+
+# <s> <pad> </s> <unk> = 0 .. 3, as in roberta-base, then 256 bytes; at most 32 tokens a text.
+TINY_ROBERTA = dict(
+    model_type="roberta", vocab_size=260, hidden_size=32, intermediate_size=48,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+    hidden_act="gelu", layer_norm_eps=1e-5, max_position_embeddings=34, bos_token_id=0,
+    eos_token_ids=(2,), pad_token_id=1, labels=("no", "maybe", "yes"))
+ROBERTAS = {
+    "three classes": dict(),
+    "a number": dict(labels=("score",)),
+    "two token types": dict(type_vocab_size=2),
+    "eps": dict(layer_norm_eps=0.1),
+    "another pad id": dict(pad_token_id=7),
+    "one wide head": dict(num_attention_heads=1, num_key_value_heads=1, head_dim=32),
+}
+
+
+def tiny_roberta(seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> M.Roberta:
+    """A random RoBERTa; biases and norms are as large as all else, so that none goes unseen."""
+    torch.manual_seed(seed)
+    model = M.Roberta(M.Config(**(TINY_ROBERTA | settings)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("LayerNorm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias") or "embeddings" in name:
+                parameter.normal_(0, 0.5)
+            else:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+    return model.to(dtype).eval()
+
+
+def tiny_texts(lengths=(20, 9, 2, 13), config: M.Config | None = None, seed: int = 0,
+               longest: int | None = None) -> dict[str, torch.Tensor]:
+    """A right-padded batch of random texts <s> ... </s>, as many tokens each, and their labels."""
+    draw, config = torch.Generator().manual_seed(seed), config or M.Config(**TINY_ROBERTA)
+    n, t = len(lengths), longest or max(lengths)
+    ids = torch.randint(8, 260, (n, t), generator=draw)
+    mask = (torch.arange(t) < torch.tensor(lengths)[:, None]).long()
+    ids[:, 0] = 0
+    ids[torch.arange(n), torch.tensor(lengths) - 1] = 2
+    labels = torch.randint(len(config.labels), (n,), generator=draw)
+    if len(config.labels) == 1:
+        labels = torch.randn(n, generator=draw)
+    return {"input_ids": ids.where(mask.bool(), config.pad_token_id), "attention_mask": mask,
+            "labels": labels}
+
+
+def classifier_oracle(folder, **options):
+    """transformers' classifier of a folder."""
+    import transformers
+
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, **options).eval()
+
+
+def roberta_tokenizer() -> Tokenizer:
+    """Byte tokens from 4 on; <s> in front of every text and </s> behind it, as RoBERTa has it."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = [BOS, "<pad>", EOS, "<unk>"]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(special + letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.RobertaProcessing((EOS, 2), (BOS, 0),
+                                                            add_prefix_space=False)
+    return tokenizer
