@@ -26,9 +26,10 @@ clean:          ## remove the environment, all runs and all caches
 	touch $@
 
 # curvlinops asks for torchvision through backpack, which no test uses and which would replace torch
-.venv/ready-dev: .venv/ready requirements-dev.txt
+.venv/ready-dev: .venv/ready requirements-dev.txt requirements-transformers4.txt
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	$(BIN)/pip install --quiet --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1
+	$(BIN)/pip install --quiet --upgrade --no-deps --target .venv/transformers4 --requirement requirements-transformers4.txt
 	touch $@
 
 .PHONY: help demo lint test clean

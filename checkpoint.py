@@ -293,9 +293,10 @@ def read_config(folder: str | Path) -> Config:
     if value["hidden_act"] not in tuple(ACTIVATIONS):
         raise UserError(f"{path}: hidden_act {value['hidden_act']!r} is not supported; supported: "
                         + ", ".join(ACTIVATIONS))
-    if raw.get("position_embedding_type", "absolute") != "absolute":
-        raise UserError(f"{path}: position_embedding_type {raw['position_embedding_type']!r} is "
-                        "not supported; only 'absolute'")
+    for name, supported in FAMILIES[kind].fixed.items():
+        if raw.get(name) not in supported:
+            raise UserError(f"{path}: {name} {raw[name]!r} is not supported; supported: "
+                            + ", ".join(str(v) for v in supported if v is not None))
     value |= rope_fields(raw, value, path) if "rope_theta" in defaults else {}
     eos = value["eos_token_id"]
     value["eos_token_ids"] = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -329,8 +330,8 @@ def check_layer_types(raw: dict, value: dict, path: Path) -> None:
     """Newer files list for every block whether it has the window: as its family says, or
     UserError."""
     kinds, every = raw.get("layer_types"), FAMILIES[value["model_type"]].window_every
-    windowed = ["sliding_attention" if value["sliding_window"] and i % every == 0
-                else "full_attention" for i in range(value["num_hidden_layers"])]
+    windowed = ["sliding_attention" if i % every == 0 else "full_attention"
+                for i in range(value["num_hidden_layers"])]
     if kinds is not None and value["sliding_window"] and kinds != windowed:
         raise UserError(f"{path}: layer_types {str(kinds)[:60]} is not supported; supported: "
                         f"{str(windowed[:4])[:-1]}, ...")
@@ -556,7 +557,7 @@ def check_memory(folder: Path, parameters: int, dtype: torch.dtype, device: torc
         f"{folder}: {parameters / 1e6:,.0f}M weights take {need / 1e9:.1f} GB as "
         f"{str(dtype).removeprefix('torch.')}, and {device} has {free / 1e9:.1f} GB free; "
         + (f"as bfloat16 (--dtype bfloat16) they take {half / 1e9:.1f} GB"
-           if half <= free and half < need else "take a smaller model or another --device"))
+           if half <= free else "take a smaller model or another --device"))
 
 
 def head_order(stored: dict[str, Stored], own: tuple[str, ...], labels: tuple[str, ...]
@@ -868,7 +869,7 @@ class Tokenizer:
 # ------------------------------------------------------------------------------- what is supported
 
 
-def supported() -> Iterator[str]:
+def what_is_supported() -> Iterator[str]:
     """The short names, with sizes computed from their configs, and the families behind them."""
     yield f"{'short name':24}{'hub id':38}{'model_type':12}{'parameters':>11}{'blocks':>8}"
     for name, (place, config) in MODELS.items():
@@ -888,4 +889,4 @@ if __name__ == "__main__":
     parser.add_argument("--list", action="store_true", required=True,
                         help="print what is supported and how large it is")
     parser.parse_args()
-    print("\n".join(supported()))
+    print("\n".join(what_is_supported()))

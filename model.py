@@ -103,6 +103,7 @@ class Family(NamedTuple):
     defaults: dict[str, Any]  # transformers' own; None where other fields decide
     targets: dict[str, tuple[str, ...]]  # named sets of linear layers to adapt; the first is usual
     needless: dict[str, str]  # patterns of stored tensors that the model does without, and why
+    fixed: dict[str, tuple]  # fields that may only be absent or have one of these values
     encoder: bool = False  # Roberta, not CausalLM
     one_plus_norm: bool = False  # RMSNorm multiplies by 1 + w, in fp32
     norm_behind: bool = False  # a norm behind attention and MLP, too, before the residual sum
@@ -134,24 +135,26 @@ LLAMA = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_nor
              attention_bias=False, mlp_bias=False, max_position_embeddings=2048,
              bos_token_id=None, eos_token_id=2)
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", LLAMA, DECODER_TARGETS, DECODER_NEEDLESS),
+    "llama": Family("LlamaForCausalLM", LLAMA, DECODER_TARGETS, DECODER_NEEDLESS, {}),
     "mistral": Family("MistralForCausalLM", {k: v for k, v in LLAMA.items() if "bias" not in k}
                       | dict(num_key_value_heads=8, max_position_embeddings=131072,
-                             sliding_window=4096), DECODER_TARGETS, DECODER_NEEDLESS),
+                             sliding_window=4096), DECODER_TARGETS, DECODER_NEEDLESS, {}),
     "gemma2": Family("Gemma2ForCausalLM", dict(
         num_key_value_heads=4, head_dim=256, hidden_activation="gelu_pytorch_tanh",
         rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=True,
         attention_bias=False, max_position_embeddings=8192, bos_token_id=2, eos_token_id=1,
         pad_token_id=0, sliding_window=4096, query_pre_attn_scalar=256,
         attn_logit_softcapping=50.0, final_logit_softcapping=30.0), DECODER_TARGETS,
-        DECODER_NEEDLESS,
+        DECODER_NEEDLESS, {"use_bidirectional_attention": (None, False)},
         one_plus_norm=True, norm_behind=True, scaled_embedding=True, window_every=2,
         harness_bos=True),
     "roberta": Family("RobertaForSequenceClassification", dict(
         hidden_act="gelu", layer_norm_eps=1e-12, max_position_embeddings=512, type_vocab_size=2,
         pad_token_id=1, bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1, classifier_dropout=None), ENCODER_TARGETS,
-        ENCODER_NEEDLESS, encoder=True),
+        ENCODER_NEEDLESS, {
+            "position_embedding_type": (None, "absolute"), "is_decoder": (None, False),
+            "problem_type": (None, "regression", "single_label_classification")}, encoder=True),
 }
 
 # ------------------------------------------------------------------- precision and train mode
@@ -515,7 +518,11 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(d, config.layer_norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(b, t, d). Real tokens are counted from `first` on, padding has the position before."""
+        """(b, t, d). Real tokens are counted from `first` on, padding has the position before.
+
+        The mask says which are real, not the id, as everywhere here; transformers looks for the
+        padding's id, which is the same unless a text holds it.
+        """
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         position = real.cumsum(-1) * real + self.first - 1
         x = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
@@ -675,7 +682,12 @@ class Roberta(nn.Module):
 
     def labelled(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
                  hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states (b, d) of the first tokens, from which the head predicts, and labels."""
+        """Hidden states (b, d) of the first tokens, from which the head predicts, and labels.
+
+        ValueError for a batch padded on the left, where the first is padding.
+        """
+        if attention_mask is not None and not attention_mask[:, 0].all():
+            raise ValueError("an encoder takes batches padded on the right")
         x = self.roberta(input_ids, attention_mask) if hidden is None else hidden
         return x[:, 0], labels
 
