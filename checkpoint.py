@@ -220,7 +220,9 @@ def hub_download(repo: str, filename: str, repo_type: str = "model") -> Path:
                         "`hf auth login`); a local folder works too") from None
     except errors.RemoteEntryNotFoundError:
         raise AbsentError(f"{where}: the repository has no such file; only checkpoints with "
-                          "config.json, tokenizer.json and *.safetensors can be read") from None
+                          "config.json, tokenizer.json and *.safetensors can be read. Of one that "
+                          "has pickles alone (*.bin) transformers' save_pretrained makes a folder "
+                          "to pass instead") from None
     except (OSError, errors.HfHubHTTPError) as error:
         line = str(error).strip().split("\n")[0]
         offline = isinstance(error, errors.LocalEntryNotFoundError)
