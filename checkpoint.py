@@ -41,6 +41,7 @@ from model import (
     Count,
     Model,
     Probability,
+    Start,
     adapted_layers,
     attach,
     embedding,
@@ -669,17 +670,20 @@ def save(model: Model, folder: str | Path) -> None:
 
 def save_adapter(path: str | Path, model: nn.Module, initial: dict[str, tuple[Tensor, Tensor]],
                  residual: str) -> None:
-    """A, B of every adapted layer, the A0, B0 that were taken out of W at the start, and the
-    classification head where there is one.
+    """A, B (and KaSA's d) of every adapted layer, the A0, B0 that were taken out of W at the
+    start, and the classification head where there is one.
 
     `initial` {name: (A0, B0)} is empty for methods that leave W as it is.
     """
     tensors: dict[str, Tensor] = dict(whole_parameters(model))
     for name, layer in adapted_layers(model).items():
         tensors |= {f"{name}.A": layer.A, f"{name}.B": layer.B}
+        tensors |= {} if layer.d is None else {f"{name}.d": layer.d}
         if name in initial:
             tensors |= {f"{name}.A0": initial[name][0], f"{name}.B0": initial[name][1]}
-        scaling = layer.scaling
+    scalings = {n: layer.scaling for n, layer in adapted_layers(model).items()}
+    alike = len(set(scalings.values())) == 1
+    scaling = next(iter(scalings.values())) if alike else scalings
     save_tensors(path, tensors, {"adapter": json.dumps({"scaling": scaling,
                                                         "residual": residual})})
 
@@ -708,12 +712,10 @@ def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
             raise UserError(f"{path}: has no {name} of shape {tuple(p.shape)}; another task?")
     how = json.loads(meta["adapter"])
     initial = {n: (tensors[f"{n}.A0"], tensors[f"{n}.B0"]) for n in names if f"{n}.A0" in tensors}
-    untouched = {n: (tensors[f"{n}.A"], torch.zeros_like(tensors[f"{n}.B"])) for n in names}
-    attach(model, untouched | initial, how["scaling"], dropout, how["residual"])
+    starts = {n: Start(tensors[f"{n}.A"], tensors[f"{n}.B"], tensors.get(f"{n}.A0"),
+                       tensors.get(f"{n}.B0"), tensors.get(f"{n}.d")) for n in names}
+    attach(model, starts, how["scaling"], dropout, how["residual"])
     with torch.no_grad():
-        for name, layer in adapted_layers(model).items():
-            layer.A.copy_(tensors[f"{name}.A"])
-            layer.B.copy_(tensors[f"{name}.B"])
         for name, p in whole_parameters(model).items():
             p.copy_(tensors[name])
     return initial

@@ -48,6 +48,8 @@ SOURCES = {
     "gsm8k-test": Source("openai/gsm8k", "main/test-00000-of-00001.parquet", "MIT"),
     "nq_open": Source("google-research-datasets/nq_open",
                       "nq_open/validation-00000-of-00001.parquet", "CC BY-SA 3.0"),
+    "nq-open": Source("google-research-datasets/nq_open",
+                      "nq_open/train-00000-of-00001.parquet", "CC BY-SA 3.0"),
     "webqs": Source("stanfordnlp/web_questions", "data/test-00000-of-00001.parquet", "CC BY 4.0"),
     "microcosm": Source(MICROCOSM, "train.jsonl", "MIT"),
     "microcosm-test": Source(MICROCOSM, "test.jsonl", "MIT"),
@@ -396,6 +398,18 @@ def columns(row: Row, task: Task) -> list[str]:
 def draw(n: int, k: int, seed: int) -> list[int]:
     """k of n indices without repetition, in random order, the same for the same seed."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k].tolist()
+
+
+def running_text(rows: list[Row], tokenizer: Tokenizer, count: int, max_length: int, seed: int
+                 ) -> list[Example]:
+    """The rows' questions as one text, and `count` pieces of it of max_length tokens from random
+    places, every token of them labelled: CorDA's way to calibrate on NQ-Open, whose pieces have
+    2,048 tokens."""
+    text, letters = "\n\n".join(row.get(QUESTION) for row in rows), 10 * max_length
+    draw_from = torch.Generator().manual_seed(seed)
+    starts = torch.randint(max(1, len(text) - letters), (count,), generator=draw_from)
+    return [Example(tokenizer.encode(text[i : i + letters])[:max_length], 1)
+            for i in starts.tolist()]
 
 
 @dataclass

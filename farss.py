@@ -415,6 +415,15 @@ def adapter_from_directions(U: Tensor, S: Tensor, Vh: Tensor, index: Tensor,
 # --------------------------------------------------------------- the method, on a model
 
 
+# Which end of the order a layer takes, lowest or not, from its depth and its rank.
+ENDS: dict[str, Callable[[bool, int], bool]] = {
+    "depth": lambda shallow, r: shallow,  # Eq. 16 and 17
+    "low": lambda shallow, r: True,
+    "high": lambda shallow, r: False,
+    "rank": lambda shallow, r: r < 128,  # the official code's
+}
+
+
 @dataclass(frozen=True)
 class Budget:
     """Which rank a layer gets: blocks 0 .. shallow-1 share Eq. 10's budget, all others get R.
@@ -427,6 +436,7 @@ class Budget:
     r_avg: float
     r_min: int
     r_max: int
+    end: str = "depth"  # of ENDS
 
     def __post_init__(self) -> None:
         allocate_ranks({}, self.r_avg, self.r_min, self.r_max)
@@ -435,6 +445,10 @@ class Budget:
 
     def is_shallow(self, name: str) -> bool:
         return block_index(name) < self.shallow
+
+    def lowest(self, name: str) -> bool:
+        """Whether a layer starts from its lowest-scoring directions (Eq. 17), not the highest."""
+        return ENDS[self.end](self.is_shallow(name), self.most(name))
 
     def most(self, name: str) -> int:
         """The largest rank that the layer can get."""
@@ -502,7 +516,7 @@ def measure_layer(name: str, W: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor, bu
     U, S, Vh = svd(W)
     s = direction_scores(S, *lam_gam(U, Vh, Sigma_h, Sigma_delta))
     index = select_directions(direction_order(s), min(budget.most(name), len(S)),
-                              budget.is_shallow(name))
+                              budget.lowest(name))
     return Measurement(importance, U[:, index].cpu(), S[index].cpu(), Vh[index].cpu(),
                        first_token_share)
 
@@ -511,8 +525,8 @@ def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: fl
                    ) -> dict[str, Adapter]:
     """Second step: ranks by Eq. 9-12, adapters by Eq. 16-17.
 
-    Layers in the shallow blocks get their lowest-scoring directions, all others their highest; a
-    rank is at most min(m, n).
+    Layers in the shallow blocks get their lowest-scoring directions, all others their highest, or
+    what `budget.end` says; a rank is at most min(m, n).
     """
     shallow = {n: x.importance for n, x in measured.items() if budget.is_shallow(n)}
     r_raw = raw_ranks(shallow, budget.r_avg)
@@ -520,7 +534,7 @@ def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: fl
     adapters = {}
     for name, x in measured.items():
         r = min(ranks.get(name, budget.R), len(x.S))
-        index = select_directions(torch.arange(len(x.S)), r, name in ranks)
+        index = select_directions(torch.arange(len(x.S)), r, budget.lowest(name))
         A, B = adapter_from_directions(x.U, x.S, x.Vh, index, scaling)
         adapters[name] = Adapter(A, B, name in ranks, x.importance, r_raw.get(name),
                                  x.first_token_share)

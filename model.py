@@ -28,7 +28,7 @@ Shapes: b sequences, t tokens, d = hidden_size, V = vocab_size; a linear layer i
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -758,13 +758,27 @@ def linear_shapes(model: nn.Module, targets: Iterable[str]) -> dict[str, tuple[i
 # ------------------------------------------------------------------------------------- adapters
 
 
+class Start(NamedTuple):
+    """Where the adapter of one layer W (m, n) starts, and what is taken out of W for it.
+
+    The layer becomes y = W_res x + scaling * B diag(d) A x with W_res = W - scaling * B0 A0.
+    """
+
+    A: Tensor  # (r, n)
+    B: Tensor  # (m, r)
+    A0: Tensor | None = None  # None: nothing is taken out
+    B0: Tensor | None = None
+    d: Tensor | None = None  # (r,); None: ones, which do not train
+
+
 class LoRALinear(nn.Module):
     """y = W_res x + scaling * B A dropout(x) (+ bias)                                    Eq. 1
 
     weight (m, n) is frozen, in the model's dtype; A (r, n) and B (m, r) train, in fp32 even on a
-    bf16 base, where AdamW's steps would round away. With `exact=(A0, B0)` the weight is W itself
-    and the initial adapter is subtracted in the forward pass instead of from the weight:
-    y = W x + scaling * (B A dropout(x) - B0 A0 x).
+    bf16 base, where AdamW's steps would round away; so does KaSA's d (r,), which stands between
+    them. With `exact=(A0, B0)` the weight is W itself and what was taken out of it is subtracted in
+    the forward pass instead: y = W x + scaling * (B A - B0 A0) dropout(x), where dropout acts on
+    the update alone, so that the layer starts as W whatever is dropped.
     """
 
     A0: Tensor | None
@@ -772,12 +786,13 @@ class LoRALinear(nn.Module):
 
     def __init__(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0,
                  dropout: float = 0.0, bias: Tensor | None = None,
-                 exact: tuple[Tensor, Tensor] | None = None):
+                 exact: tuple[Tensor, Tensor] | None = None, d: Tensor | None = None):
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.A = nn.Parameter(A.detach().clone(memory_format=torch.contiguous_format))
         self.B = nn.Parameter(B.detach().clone(memory_format=torch.contiguous_format))
+        self.d = None if d is None else nn.Parameter(d.detach().clone())
         self.scaling, self.dropout = scaling, dropout
         self.register_buffer("A0", None if exact is None else exact[0].detach().clone())
         self.register_buffer("B0", None if exact is None else exact[1].detach().clone())
@@ -785,9 +800,10 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         xa = F.dropout(x, self.dropout, self.training).to(self.A.dtype)
-        update = F.linear(F.linear(xa, self.A), self.B)
+        z = F.linear(xa, self.A)
+        update = F.linear(z if self.d is None else z * self.d, self.B)
         if self.A0 is not None and self.B0 is not None:
-            update = update - F.linear(F.linear(x.to(self.A0.dtype), self.A0), self.B0)
+            update = update - F.linear(F.linear(xa, self.A0), self.B0)
         if update.dtype == y.dtype:
             return torch.add(y, update, alpha=self.scaling)
         return y + (self.scaling * update).to(y.dtype)
@@ -798,42 +814,51 @@ class LoRALinear(nn.Module):
         W = self.weight.to(self.A.dtype)
         if self.A0 is not None and self.B0 is not None:
             W = W - self.scaling * (self.B0 @ self.A0)
-        return W + self.scaling * (self.B @ self.A)
+        B = self.B if self.d is None else self.B * self.d
+        return W + self.scaling * (B @ self.A)
 
 
 @torch.no_grad()
-def attach(model: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]], scaling: float = 1.0,
-           dropout: float = 0.0, residual: str = "split") -> dict[str, float]:
-    """Put an adapter {name: (A, B)} on each named nn.Linear; the model's function is unchanged.
+def attach(model: nn.Module, adapters: Mapping[str, Start | tuple[Tensor, Tensor]],
+           scaling: float | Mapping[str, float] = 1.0, dropout: float = 0.0,
+           residual: str = "split") -> dict[str, float]:
+    """Put an adapter {name: Start} on each named nn.Linear; a pair (A, B) is both the adapter and
+    what is taken out of W, so that the model's function is unchanged. `scaling` may be one for all
+    layers or of each by name.
 
-    residual="split" stores W_res = W - scaling * B A in W's dtype (the paper), "exact" keeps W
+    residual="split" stores W_res = W - scaling * B0 A0 in W's dtype (the paper), "exact" keeps W
     (see LoRALinear). All other parameters are frozen, but for a classification head, which trains
-    in full, in fp32. Returns for each layer the part of the adapter that rounding W_res lost:
-    ||W_res + scaling * B A - W|| / ||scaling * B A||, 0 where B A = 0. In bf16 a split-off bottom
-    direction can be smaller than W's last bit, so this is printed for every run.
+    in full, in fp32. Returns for each layer the part of what was taken out that rounding W_res
+    lost: ||W_res + scaling * B0 A0 - W|| / ||scaling * B0 A0||, 0 where nothing was. In bf16 a
+    split-off bottom direction can be smaller than W's last bit, so this is printed for every run.
     """
     model.requires_grad_(False)
     for p in whole_parameters(model).values():
         p.data = at_least_fp32(p.data)  # as A and B: AdamW's steps would round away in bf16
         p.requires_grad_(True)
     lost = {}
-    for name, (A, B) in adapters.items():
+    for name, given in adapters.items():
         linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{name} is a {type(linear).__name__}, not an nn.Linear without "
                              "adapter; merge() first")
-        W = linear.weight
-        A, B = A.to(W.device), B.to(W.device)
-        delta = scaling * (B @ A)
-        if residual == "exact":
-            weight, exact = W, (A, B)
-        else:
-            weight, exact = (W.to(delta.dtype) - delta).to(W.dtype), None
-        size = delta.norm().item()
-        kept = W if exact else weight.to(delta.dtype) + delta
-        lost[name] = ((kept - W.to(kept.dtype)).norm().item() / size) if size else 0.0
+        W, s = linear.weight, scaling[name] if isinstance(scaling, Mapping) else scaling
+        start = given if isinstance(given, Start) else Start(*given, *given)
+        A, B = start.A.to(W.device), start.B.to(W.device)
+        weight, exact, lost[name] = W, None, 0.0
+        if start.A0 is not None and start.B0 is not None:
+            A0, B0 = start.A0.to(W.device), start.B0.to(W.device)
+            out = s * (B0 @ A0)
+            if residual == "exact":
+                exact = A0, B0
+            else:
+                weight = (W.to(out.dtype) - out).to(W.dtype)
+                size = out.norm().item()
+                kept = weight.to(out.dtype) + out
+                lost[name] = (kept - W.to(kept.dtype)).norm().item() / size if size else 0.0
         parent, _, leaf = name.rpartition(".")
-        adapted = LoRALinear(weight, A, B, scaling, dropout, linear.bias, exact)
+        adapted = LoRALinear(weight, A, B, s, dropout, linear.bias, exact,
+                             None if start.d is None else start.d.to(W.device))
         setattr(model.get_submodule(parent), leaf, adapted.train(linear.training))
     return lost
 

@@ -56,10 +56,11 @@ class Group:
     count: int
     shape: tuple[int, int]
     ranks: tuple[int, int]  # the least and the most that the data can decide
+    per_rank: int  # trainable numbers of a layer for each rank
 
     @property
     def parameters(self) -> tuple[int, int]:
-        low, high = (self.count * r * sum(self.shape) for r in self.ranks)
+        low, high = (self.count * r * self.per_rank for r in self.ranks)
         return low, high
 
 
@@ -99,11 +100,13 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     bounds: tuple[float, float] = (parameters, parameters)
     shapes: Shapes = {}
     if s.how.trains == "adapters":
-        shapes = linear_shapes(skeleton, s.target_names)
+        shapes = adapted_shapes(s, config)
         trainable = adapter_parameters(s, shapes, s.r_avg)
         bounds = adapter_parameters(s, shapes, s.r_min), adapter_parameters(s, shapes, s.r_max)
     else:
-        head = 0
+        trainable = sum(p.numel() for n, p in skeleton.named_parameters()
+                        if not s.is_frozen(n, config.num_hidden_layers))
+        bounds, head = (trainable, trainable), 0
     most = bounds[1] + head
     micro_batch, checkpointing = choose_micro_batch(s, config, parameters, most, memory)
     examples = min(s.examples, rows or s.examples)
@@ -113,12 +116,13 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
         s.rank * sum(m + n for m, n in shapes.values()), head, layer_groups(s, shapes), examples,
         steps, warmup_steps(steps, s.warmup), micro_batch, checkpointing,
         training_memory(s, config, parameters, most, micro_batch, checkpointing),
-        initialisation_memory(s, config, parameters) if s.how.needs == "fisher" else {}, memory)
+        initialisation_memory(s, config, parameters) if s.how.needs != "nothing" else {}, memory)
 
 
 def warmup_steps(steps: int, warmup: float) -> int:
-    """Steps with rising learning rate: never all, or one step alone would train nothing."""
-    return min(math.ceil(warmup * steps), steps - 1)
+    """Steps with rising learning rate, a part of all or a number: never all, or one step alone
+    would train nothing."""
+    return min(math.ceil(warmup * steps) if warmup < 1 else int(warmup), steps - 1)
 
 
 # -------------------------------------------------------------------------- ranks and parameters
@@ -129,9 +133,21 @@ def is_shallow(s: Settings, name: str) -> bool:
 
 
 def adapter_parameters(s: Settings, shapes: Shapes, shallow_rank: float) -> float:
-    """Σ r (m + n) if every layer of adaptive rank had `shallow_rank`; min(m, n) is the most."""
-    return sum(min(shallow_rank if is_shallow(s, name) else s.rank, m, n) * (m + n)
+    """Σ r (m + n) if every layer of adaptive rank had `shallow_rank`; min(m, n) is the most. KaSA
+    has r numbers more a layer, and what a method freezes does not count."""
+    return sum(min(shallow_rank if is_shallow(s, name) else s.rank, m, n) * per_rank(s, m, n)
                for name, (m, n) in shapes.items())
+
+
+def per_rank(s: Settings, m: int, n: int) -> int:
+    """Trainable numbers of a layer (m, n) for each of its ranks."""
+    return n * ("A" not in s.how.frozen) + m * ("B" not in s.how.frozen) + s.how.diagonal
+
+
+def adapted_shapes(s: Settings, config: Config) -> Shapes:
+    """(m, n) of every layer that gets an adapter."""
+    return {n: shape for n, shape in linear_shapes(empty(config), s.target_names).items()
+            if not s.is_frozen(n, config.num_hidden_layers)}
 
 
 def leaf_name(name: str) -> str:
@@ -150,7 +166,8 @@ def layer_groups(s: Settings, shapes: Shapes) -> list[Group]:
     for (depth, leaf), names in sorted(members.items(), key=lambda g: g[0][0] != "shallow"):
         m, n = shapes[names[0]]
         low, high = (s.r_min, s.r_max) if depth == "shallow" else (s.rank, s.rank)
-        groups.append(Group(depth, leaf, len(names), (m, n), (min(low, m, n), min(high, m, n))))
+        groups.append(Group(depth, leaf, len(names), (m, n), (min(low, m, n), min(high, m, n)),
+                            per_rank(s, m, n)))
     return groups
 
 
@@ -184,9 +201,10 @@ def block_activations(s: Settings, config: Config) -> int:
 
 
 def block_shapes(s: Settings, config: Config) -> Shapes:
-    """(m, n) of the adapted layers of the first block."""
-    return {name: shape for name, shape in linear_shapes(empty(config), s.target_names).items()
-            if place(name) != name and block_index(name) == 0}
+    """(m, n) of the adapted layers of one block, the first that has any."""
+    shapes = {n: shape for n, shape in adapted_shapes(s, config).items() if place(n) != n}
+    first = min(map(block_index, shapes), default=0)
+    return {n: shape for n, shape in shapes.items() if block_index(n) == first}
 
 
 def training_memory(s: Settings, config: Config, parameters: int, trainable: float,
@@ -209,16 +227,22 @@ def training_memory(s: Settings, config: Config, parameters: int, trainable: flo
 def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[str, float]:
     """Estimated peak bytes of the sweep through the blocks, by part.
 
-    The kept inputs go to CPU memory where the device has no room for them.
+    The kept inputs go to CPU memory where the device has no room for them. Where only the inputs'
+    covariances are needed, one block's inputs are kept and nothing for a backward pass.
     """
     shapes = block_shapes(s, config)
     inputs = {READS.get(leaf_name(n), n): shape[1] for n, shape in shapes.items()}
-    numbers = sum(n * n for n in inputs.values()) + sum(m * m for m, _ in shapes.values())
+    numbers = sum(n * n for n in inputs.values())
+    tokens = s.calibration_examples * s.max_length
+    if s.how.needs == "covariance":
+        return {"weights": element_size(s) * parameters, "covariances of a block": 4 * numbers,
+                "kept inputs": kept_inputs(s, config, tokens) // config.num_hidden_layers}
+    numbers += sum(m * m for m, _ in shapes.values())
     return {"weights": element_size(s) * parameters,
             "factors of a block": 4 * numbers,
             "activations of a block": CALIBRATION_BATCH * s.max_length * block_activations(
                 s, config) + 3 * 2**28,
-            "kept inputs": kept_inputs(s, config, s.calibration * s.max_length)}
+            "kept inputs": kept_inputs(s, config, tokens)}
 
 
 def kept_inputs(s: Settings, config: Config, tokens: int) -> int:
@@ -281,15 +305,32 @@ def rank_table(groups: list[Group]) -> Iterator[str]:
         yield f"{g.depth + ' ' + g.leaf:30}{g.count:>6}{shape:>16}{rank:>12}{size:>12}"
 
 
+def dropout_note(s: Settings) -> str | None:
+    """What dropout does to an adapter that starts as a part of W."""
+    if not (s.dropout and s.how.splits and s.residual == "split"):
+        return None
+    return (f"{s.dropout:g} falls on a part of W itself, which {s.method}'s adapters hold: the "
+            "first loss is not the base model's; --residual exact or --dropout 0 avoid that")
+
+
+def end_of(s: Settings, block: int) -> str:
+    """Which of its directions a layer of this block starts from."""
+    return "lowest" if s.budget.lowest(f"layers.{block}.") else "highest"
+
+
 def show(s: Settings, plan: Plan, known: str) -> None:
     """--dry-run: all that can be known without weights; `known`: the model's name in PRESETS."""
     print(f"plan: {s.model}, {s.task}, {s.method}")
     print(f"model         {plan.blocks} blocks, {million(plan.parameters)} parameters, {s.dtype}")
     if s.how.adaptive:
         print(f"shallow       {s.shallow} of {plan.blocks} blocks, r (r_min, r_avg, r_max) = "
-              f"({s.r_min}, {s.r_avg:g}, {s.r_max}), lowest-scoring directions")
-        print(f"deep          {plan.blocks - s.shallow} blocks, R = {s.rank}, highest-scoring "
-              "directions")
+              f"({s.r_min}, {s.r_avg:g}, {s.r_max}), {end_of(s, 0)}-scoring directions")
+        print(f"deep          {plan.blocks - s.shallow} blocks, R = {s.rank}, "
+              f"{end_of(s, plan.blocks)}-scoring directions")
+    if s.freeze:
+        print(f"frozen        the {s.freeze.replace('-', ' ')} of the blocks")
+    if warning := dropout_note(s):
+        print(f"dropout       {warning}")
     if s.how.trains == "adapters":
         print(f"scaling       alpha / R = {s.alpha:g} / {s.rank} = {s.scaling:g}\n")
         print("\n".join(rank_table(plan.groups)))

@@ -25,7 +25,16 @@ import data
 import farss
 from baselines import METHODS, Method
 from checkpoint import ANYTHING, MICROCOSM, UserError
-from model import DECODER_TARGETS, FAMILIES, Config, empty, linear_names
+from model import (
+    DECODER_TARGETS,
+    FAMILIES,
+    Config,
+    Model,
+    empty,
+    linear_names,
+    linear_shapes,
+    place,
+)
 
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
 MACHINE = ("device", "threads", "micro_batch", "checkpointing", "save_every")
@@ -65,11 +74,28 @@ class Settings:
     r_min: int = setting(1, "smallest rank of a shallow layer", "4.2")
     r_avg: float = setting(50.0, "mean rank asked for the shallow layers, before clipping", "4.2")
     r_max: int = setting(64, "largest rank of a shallow layer", "4.2")
-    calibration: int = setting(256, "training examples for the K-FAC factors", "A.2.1")
+    calibration: str = setting("task", "what a start is measured on, where it is: task (training "
+                                       "examples), nq-open (its training questions as running "
+                                       "text, CorDA's own), or a file of questions", "A.2.1")
+    calibration_examples: int = setting(256, "how many examples, or pieces of the text", "A.2.1")
     fisher: str = setting("empirical", "labels behind the gradients: empirical (the data's, as "
                                        "the paper runs it) or sampled (the model's, as Eq. 5)")
     residual: str = setting("split", "split: store W - scaling B A (the paper); exact: keep W "
-                                     "and subtract the initial adapter in the forward pass", "3.3")
+                                     "and subtract the initial adapter in the forward pass, with "
+                                     "dropout on the difference alone", "3.3")
+    freeze: str = setting(None, "train nothing in the first (shallow-third) or last (deep-third) "
+                                "third of the blocks (Table 1)")
+    match_params: str = setting(None, "choose the rank R for so many trainable numbers (320M) or "
+                                      "as many as LoRA of a rank (lora:128) has, if every shallow "
+                                      "rank were r_avg")
+    official: bool = setting(False, "the official code's choices: alpha / r of each layer's own "
+                                    "rank and no compensation for it, the lowest directions where "
+                                    "r < 128, padding counted; and, unless given, 16 calibration "
+                                    "examples, 10 warm-up steps, batches of 128")
+    kasa_beta: float = setting(1e-4, "KaSA: weight of the diagonal's size in the loss",
+                               "KaSA's code")
+    kasa_gamma: float = setting(1e-3, "KaSA: weight of the distance of A and B from orthonormal",
+                                "KaSA's code")
     targets: str = setting(None, "linear layers to adapt, by name, or a set: " + "; ".join(
         f"{name} = {','.join(layers)}" for sets in TARGET_SETS for name, layers in sets.items())
         + "; default: seven, of RoBERTa six", "A.2.1")
@@ -80,7 +106,8 @@ class Settings:
     epochs: int = setting(1, "passes over the examples", "A.2.1")
     steps: int = setting(None, "stop after this many steps, the schedule fitted to them")
     max_length: int = setting(512, "tokens per sequence; the rest is cut", "official code")
-    warmup: float = setting(0.03, "part of the steps with rising learning rate", "A.2.1")
+    warmup: float = setting(0.03, "part of the steps with rising learning rate; from 1 on, their "
+                                  "number", "A.2.1")
     weight_decay: float = setting(0.0, "decoupled weight decay", "A.2.1")
     dropout: float = setting(0.05, "dropout on the adapters' input", "A.2.1")
     clip: float = setting(1.0, "largest gradient norm", "transformers' default")
@@ -114,14 +141,32 @@ class Settings:
 
     @property
     def budget(self) -> farss.Budget:
-        """The ranks; ValueError for impossible ones."""
-        return farss.Budget(self.shallow, self.rank, self.r_avg, self.r_min, self.r_max)
+        """The ranks and ends; ValueError for impossible ones."""
+        return farss.Budget(self.shallow if self.how.adaptive else 0, self.rank, self.r_avg,
+                            self.r_min, self.r_max, "rank" if self.official else self.how.end)
+
+    def is_frozen(self, name: str, blocks: int) -> bool:
+        """Whether a parameter or layer stands in the third of the blocks that does not train."""
+        third = range(*FROZEN[self.freeze](blocks)) if self.freeze else ()
+        return place(name) != name and farss.block_index(name) in third
+
+    def layers(self, model: Model) -> list[str]:
+        """The layers that get an adapter."""
+        blocks = len(model.blocks)
+        return [n for n in linear_names(model, self.target_names) if not self.is_frozen(n, blocks)]
 
     @property
     def master_dtype(self) -> torch.dtype:
         """Of the weights in memory: fp32 where they are trained, since AdamW's steps are below
         bf16's last bit."""
         return torch.float32 if self.how.trains == "weights" else DTYPES[self.dtype]
+
+
+# Table 1: first and last block, of so many, that does not train.
+FROZEN = {"shallow-third": lambda blocks: (0, round(blocks / 3)),
+          "deep-third": lambda blocks: (blocks - round(blocks / 3), blocks)}
+# What --official means for other settings, where they are not given.
+OFFICIAL = dict(calibration_examples=16, warmup=10.0, batch_size=128)
 
 
 class Preset(NamedTuple):
@@ -178,7 +223,7 @@ PRESETS: dict[tuple[str | None, str], Preset] = {
         dict(shallow=3,  # 7/32 of 12 blocks, as Llama-2-7B's 7 of 32
              rank=16, r_avg=6.0, r_max=8,  # the paper's R : r_avg : r_max at a sixth of the width
              steps=200, max_length=64,  # one pass over the 3,200 rows; none has 64 tokens
-             calibration=128,  # 2,800 response tokens; half of the paper's examples
+             calibration_examples=128,  # 2,800 response tokens; half of the paper's examples
              dtype="float32",  # as it was pretrained, on any device
              threads=1,  # matrices this small take longer to share out than to multiply
              dropout=0.0,  # of an adapter that holds top directions it drops part of W itself
@@ -205,8 +250,8 @@ def known_as(model: str, config: Config) -> str:
     (an open copy, a local folder); otherwise the name it has."""
     if model in checkpoint.MODELS:
         return model
-    for name, (place, listed) in checkpoint.MODELS.items():
-        if place == model or all(getattr(config, f) == getattr(listed, f) for f in SHAPE):
+    for name, (hub_id, listed) in checkpoint.MODELS.items():
+        if hub_id == model or all(getattr(config, f) == getattr(listed, f) for f in SHAPE):
             return name
     return model
 
@@ -231,8 +276,8 @@ def for_task(config: Config, task: str) -> Config:
 
 
 # Settings that only methods with adaptive ranks, or with factors, look at.
-OF_ADAPTIVE, OF_FISHER = ("shallow", "r_min", "r_avg", "r_max"), ("calibration", "fisher",
-                                                                  "residual")
+OF_ADAPTIVE, OF_FISHER = ("shallow", "r_min", "r_avg", "r_max"), ("fisher",)
+OF_DATA, OF_PENALTY = ("calibration", "calibration_examples"), ("kasa_beta", "kasa_gamma")
 OF_ADAPTERS = ("rank", "alpha", "targets", "dropout")
 
 
@@ -242,15 +287,21 @@ def origins(s: Settings, config: Config, flags: dict[str, Any]) -> list[str]:
     row = preset(known, s.task)
     unused = (() if s.how.adaptive else OF_ADAPTIVE) + (
         () if s.how.needs == "fisher" else OF_FISHER) + (
+        () if s.how.needs != "nothing" else OF_DATA) + (
+        () if s.how.penalty else OF_PENALTY) + (
+        () if s.how.splits else ("residual",)) + (
+        *MACHINE, "model", "task", "data", "method") + (
         () if s.how.trains == "adapters" else OF_ADAPTERS)
     said: dict[str, list[str]] = {}
     for f in fields(Settings):
         value = getattr(s, f.name)
-        if value is None or f.name in (*unused, *MACHINE, "model", "task", "data", "method"):
+        if value is None or value is False or f.name in unused:
             continue
         source = f.metadata["source"]
         if f.name in flags:
             source = "the command line"
+        elif s.official and f.name in OFFICIAL:
+            source = "the official code"
         elif f.name in row.sources or f.name in row.settings:
             source = row.sources.get(f.name, row.source)
         elif f.name == "shallow":
@@ -306,7 +357,8 @@ def training_arguments(description: str | None, argv: list[str] | None = None
     starts = {"model": "what", "rank": "initialisation (sections 3.2 and 3.3)",
               "lr": "training", "dtype": "machine"}
     choices = {"method": tuple(METHODS), "task": tuple(data.TASKS), "dtype": tuple(DTYPES),
-               "fisher": ("empirical", "sampled"), "residual": ("split", "exact")}
+               "fisher": ("empirical", "sampled"), "residual": ("split", "exact"),
+               "freeze": tuple(FROZEN)}
     for f in fields(Settings):
         if f.name in starts:
             group = parser.add_argument_group(starts[f.name])
@@ -351,6 +403,7 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
     method = flags.get("method", Settings.method)
     row = {name: value for name, value in preset(known, task).settings.items()
            if name not in flags}
+    row |= {k: v for k, v in OFFICIAL.items() if flags.get("official") and k not in flags}
     for name, value in row.items():
         if isinstance(value, dict):
             if method not in value:
@@ -363,8 +416,12 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
         s, device=device, dtype=s.dtype or ("float32" if device == "cpu" else "bfloat16"),
         shallow=whole_blocks(7 / 32 if s.shallow is None else s.shallow, config),
         targets=",".join(sets.get(s.targets or next(iter(sets)), [s.targets])),
-        alpha=float(s.rank if s.alpha is None else s.alpha),
         data=s.data or data.TASKS[s.task].source)
+    if s.match_params:
+        if "rank" in flags:
+            raise UserError("--match-params chooses the rank; give no --rank")
+        s = replace(s, rank=matched_rank(s, config))
+    s = replace(s, alpha=float(s.rank if s.alpha is None else s.alpha))
     check(s, config)
     return s, config
 
@@ -374,10 +431,30 @@ def whole_blocks(shallow: float, config: Config) -> int:
     return round(shallow * config.num_hidden_layers) if isinstance(shallow, float) else shallow
 
 
+def matched_rank(s: Settings, config: Config) -> int:
+    """R for which the trainable numbers come nearest to s.match_params, the shallow ranks r_avg."""
+    shapes = {n: m_n for n, m_n in linear_shapes(empty(config), s.target_names).items()
+              if not s.is_frozen(n, config.num_hidden_layers)}
+    sizes = {n: m + n_ for n, (m, n_) in shapes.items()}
+    found = re.fullmatch(r"lora:(\d+)|(\d+(?:\.\d+)?)([kM]?)", s.match_params)
+    if not found:
+        raise UserError(f"--match-params {s.match_params}: write 320M, 500k, or lora:128")
+    wanted = (int(found[1]) * sum(sizes.values()) if found[1] else
+              float(found[2]) * {"k": 1e3, "M": 1e6, "": 1}[found[3]])
+    adaptive = {n for n in sizes if s.how.adaptive and s.budget.is_shallow(n)}
+    left = wanted - s.r_avg * sum(sizes[n] for n in adaptive)
+    deep = sum(size for n, size in sizes.items() if n not in adaptive)
+    if not deep or round(left / deep) < 1:
+        raise UserError(f"--match-params {s.match_params}: no rank R gives so few")
+    return round(left / deep)
+
+
 # What a setting must be; NaN is in no range.
 POSITIVE = (lambda v: 0 < v < math.inf, "above 0")
 RANGES = {
-    "warmup": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "warmup": (lambda v: 0 <= v < 1 or v == round(v), "in [0, 1), or a whole number of steps"),
+    "kasa_beta": (lambda v: 0 <= v < math.inf, "0 or a number above it"),
+    "kasa_gamma": (lambda v: 0 <= v < math.inf, "0 or a number above it"),
     "dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "weight_decay": (lambda v: 0 <= v < math.inf, "0 or a number above it"),
     "seed": (lambda v: 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
@@ -398,7 +475,7 @@ def check(s: Settings, config: Config) -> None:
         raise UserError(f"--max-length {s.max_length}: {s.model} has positions for "
                         f"{config.longest} tokens")
     try:
-        names = linear_names(empty(config), s.target_names)
+        names = s.layers(empty(config))
         if s.how.adaptive:
             for name in names:
                 s.budget.is_shallow(name)  # a layer outside the blocks has no depth

@@ -36,6 +36,7 @@ import eval as evaluation
 import farss
 import model as M
 import plan
+from baselines import Given, covariance_sweep, split
 from benchmarks import BENCHMARKS, of_group
 from checkpoint import UserError
 from settings import (
@@ -59,61 +60,128 @@ from settings import (
     write_run,
 )
 
-Adapters = dict[str, tuple[Tensor, Tensor]]  # layer: A, B
+Initial = dict[str, tuple[Tensor, Tensor]]  # layer: A0, B0, taken out of W
+Starts = dict[str, M.Start]
 
 # ------------------------------------------------------------------------------- initialisation
 
 
-def initialise(model: M.Model, s: Settings, examples: list[data.Example]
-               ) -> tuple[Adapters, dict]:
+def initialise(model: M.Model, s: Settings, examples: list[data.Example]) -> tuple[Initial, dict]:
     """Attach the method's adapters, or free all weights where it trains those.
 
-    Returns ({name: (A0, B0)} that were taken out of W, ranks.json).
+    `examples` are those of the calibration. Returns ({name: (A0, B0)} that were taken out of W,
+    ranks.json).
     """
     if s.how.trains == "weights":
         model.requires_grad_(True)
+        freeze(model, s)
         return {}, {}
-    adapters, report = STARTS[s.how.needs](model, s, examples)
-    lost = M.attach(model, adapters, s.scaling, s.dropout, s.residual)
+    starts, report = STARTS[s.how.needs](model, s, examples)
+    lost = M.attach(model, starts, layer_scaling(s, starts), s.dropout, s.residual)
+    freeze(model, s)
     for name, layer in report["layers"].items():
         layer["residual_rounding"] = lost[name]
-    return {n: (A, B) for n, (A, B) in adapters.items() if B.any()}, report
+    return {n: (x.A0, x.B0) for n, x in starts.items()
+            if x.A0 is not None and x.B0 is not None}, report
 
 
-def start_alone(model: M.Model, s: Settings, examples: list[data.Example]
-                ) -> tuple[Adapters, dict]:
+def layer_scaling(s: Settings, starts: Starts) -> float | dict[str, float]:
+    """α / R for all layers; in the official code α over each layer's own rank."""
+    return {n: s.alpha / len(x.A) for n, x in starts.items()} if s.official else s.scaling
+
+
+def freeze(model: M.Model, s: Settings) -> None:
+    """Let nothing train that the method or --freeze (Table 1) keeps as it is."""
+    for layer in M.adapted_layers(model).values():
+        for part in s.how.frozen:
+            getattr(layer, part).requires_grad_(False)
+    for name, p in model.named_parameters():
+        if s.is_frozen(name, len(model.blocks)):
+            p.requires_grad_(False)
+
+
+def start_inputs(s: Settings) -> Given:
+    """What the starts of baselines.py take; with --official nothing makes up for the scaling."""
+    return Given(1.0 if s.official else s.scaling, torch.Generator().manual_seed(s.seed))
+
+
+def start_of(s: Settings, W: Tensor, what: Given) -> M.Start:
+    """The method's start of one layer, on the CPU."""
+    assert s.how.start is not None, f"METHODS[{s.method!r}] must have a start"
+    start = s.how.start(W, min(s.rank, *W.shape), what)
+    return start._replace(**{k: t.cpu() for k, t in start._asdict().items() if t is not None})
+
+
+def start_alone(model: M.Model, s: Settings, examples: list[data.Example]) -> tuple[Starts, dict]:
     """Adapters of a method that needs the weights only, and what ranks.json says of them."""
-    start, draw = s.how.start, torch.Generator().manual_seed(s.seed)
-    assert start is not None, f"METHODS[{s.method!r}] needs nothing, so it must have a start"
-    adapters = {}
-    for name in M.linear_names(model, s.target_names):
-        W = model.get_parameter(f"{name}.weight")
-        adapters[name] = start(W, min(s.rank, *W.shape), draw)
-    return adapters, {"layers": {n: {"r": A.shape[0]} for n, (A, _) in adapters.items()}}
+    what, starts = start_inputs(s), {}
+    for name in tqdm(s.layers(model), desc=s.method, leave=False, disable=None, delay=2):
+        starts[name] = start_of(s, model.get_parameter(f"{name}.weight"), what)
+    return starts, {"layers": {n: {"r": len(x.A)} for n, x in starts.items()}}
+
+
+def calibration_batches(s: Settings, examples: list[data.Example]) -> list[dict[str, Tensor]]:
+    """A draw of the examples; with --official padded to the full length, and padding counted."""
+    picked = [examples[i] for i in data.draw(len(examples), s.calibration_examples, s.seed + 1)]
+    batches = [data.collate(b, s.device or "cpu") for b in data.batches_by_length(
+        picked, lambda e: len(e.ids), plan.CALIBRATION_BATCH)]
+    return [pad_and_count(b, s.max_length) for b in batches] if s.official else batches
+
+
+def pad_and_count(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """The batch padded to `length` tokens, all of them real by the mask."""
+    missing = length - batch["input_ids"].shape[1]
+    padded = {"input_ids": nn.functional.pad(batch["input_ids"], (0, missing)),
+              "labels": nn.functional.pad(batch["labels"], (0, missing), value=M.IGNORE)}
+    return padded | {"attention_mask": torch.ones_like(padded["input_ids"])}
+
+
+def calibration_set(s: Settings, examples: list[data.Example], tokenizer: checkpoint.Tokenizer
+                    ) -> list[data.Example]:
+    """What --calibration names: the training examples, or pieces of a running text."""
+    if s.how.needs == "nothing" or s.calibration == "task":
+        return examples
+    if data.TASKS[s.task].classes:
+        raise UserError("--calibration: a classifier has no loss on running text; leave it at task")
+    return data.running_text(data.read_rows(s.calibration), tokenizer, s.calibration_examples,
+                             s.max_length, s.seed)
+
+
+def start_from_covariance(model: M.Model, s: Settings, examples: list[data.Example]
+                          ) -> tuple[Starts, dict]:
+    """Adapters of a method that needs the covariance of every layer's inputs."""
+    what, found = start_inputs(s), {}
+    try:
+        for Cs in covariance_sweep(model, calibration_batches(s, examples), s.layers(model),
+                                   partial(tqdm, leave=False, disable=None)):
+            for name, C in Cs.items():
+                W = model.get_parameter(f"{name}.weight")
+                found[name] = start_of(s, W, what._replace(C=C))
+    except ValueError as error:
+        raise UserError(f"{s.model}: {error}") from None
+    starts = {name: found[name] for name in s.layers(model)}
+    return starts, {"layers": {n: {"r": len(x.A)} for n, x in starts.items()}}
 
 
 def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
-                      ) -> tuple[Adapters, dict]:
-    """FARSS's adapters from a draw of the examples, and what ranks.json says of them."""
-    picked = [examples[i] for i in data.draw(len(examples), s.calibration, s.seed + 1)]
-    batches = [data.collate(b, s.device) for b in data.batches_by_length(
-        picked, lambda e: len(e.ids), plan.CALIBRATION_BATCH)]
-    draw = torch.Generator(s.device).manual_seed(s.seed)
+                      ) -> tuple[Starts, dict]:
+    """FARSS's adapters, and what ranks.json says of them."""
+    batches = calibration_batches(s, examples)
+    draw = torch.Generator(s.device or "cpu").manual_seed(s.seed)
     loss = farss.sampled_loss(draw) if s.fisher == "sampled" else farss.summed_loss
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
     keep_on = "cpu" if kept > plan.device_memory(s.device) / 2 else None
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
-        measured = farss.measure(
-            model, batches, M.linear_names(model, s.target_names), s.budget, loss,
-            keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None))
+        measured = farss.measure(model, batches, s.layers(model), s.budget, loss,
+                                 keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None))
     except ValueError as error:  # a checkpoint or activations that are not finite
         raise UserError(f"{s.model}: {error}") from None
-    layers = farss.build_adapters(measured, s.budget, s.scaling)
+    layers = farss.build_adapters(measured, s.budget, start_inputs(s).scaling)
     shallow = [layer for layer in layers.values() if layer.shallow]
-    return {n: (layer.A, layer.B) for n, layer in layers.items()}, {
-        "shallow_blocks": s.shallow,
+    return {n: split(layer.A, layer.B) for n, layer in layers.items()}, {
+        "shallow_blocks": s.budget.shallow,
         "shallow_rank_asked": s.r_avg * len(shallow),  # Eq. 10
         "shallow_rank_obtained": sum(layer.rank for layer in shallow),
         "layers": {n: {"I": layer.importance, "r_raw": layer.r_raw, "r": layer.rank,
@@ -122,24 +190,27 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
     }
 
 
-STARTS = {"nothing": start_alone, "fisher": start_from_fisher}  # by what a method needs
+# By what a method needs.
+STARTS = {"nothing": start_alone, "covariance": start_from_covariance, "fisher": start_from_fisher}
 
 
-def show_ranks(s: Settings, report: dict) -> None:
-    """What the calibration found, in three lines."""
-    layers = report["layers"]
-    asked, obtained = report["shallow_rank_asked"], report["shallow_rank_obtained"]
-    count = sum(x["shallow"] for x in layers.values())
+def show_start(s: Settings, report: dict) -> None:
+    """What the start found, in up to three lines."""
+    layers = report["layers"].values()
+    count = sum(x.get("shallow", False) for x in layers)
     if count:
-        print(f"shallow ranks: asked {asked:g} in all ({s.r_avg:g} a layer), obtained "
-              f"{obtained} ({obtained / count:.1f} a layer) after clipping to "
+        obtained = report["shallow_rank_obtained"]
+        print(f"shallow ranks: asked {report['shallow_rank_asked']:g} in all ({s.r_avg:g} a "
+              f"layer), obtained {obtained} ({obtained / count:.1f} a layer) after clipping to "
               f"[{s.r_min}, {s.r_max}]")
-    share = [x["first_token_share"] for x in layers.values()]
-    print(f"first token (BOS, if there is one): up to {max(share):.0%} of Tr Σ_h, "
-          f"median {sorted(share)[len(share) // 2]:.0%}")
-    lost = sorted(x["residual_rounding"] for x in layers.values())
-    print(f"‖W_res + scaling·BA - W‖ / ‖scaling·BA‖ in {s.dtype}: median "
-          f"{lost[len(lost) // 2]:.1e}, worst {lost[-1]:.1e}")
+    share = sorted(x["first_token_share"] for x in layers if "first_token_share" in x)
+    if share:
+        print(f"first token (BOS, if there is one): up to {share[-1]:.0%} of Tr Σ_h, "
+              f"median {share[len(share) // 2]:.0%}")
+    lost = sorted(x["residual_rounding"] for x in layers)
+    if s.how.splits:
+        print(f"‖W_res + scaling·BA - W‖ / ‖scaling·BA‖ in {s.dtype}: median "
+              f"{lost[len(lost) // 2]:.1e}, worst {lost[-1]:.1e}")
 
 
 # ------------------------------------------------------------------------------------- training
@@ -204,7 +275,7 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
         loss.backward()
         total += loss.item()
     if s.how.penalty:
-        penalty = s.how.penalty(model)
+        penalty = s.how.penalty(model, s.kasa_beta, s.kasa_gamma)
         penalty.backward()
         total += penalty.item()
     norm = nn.utils.clip_grad_norm_(trained, s.clip).item()
@@ -327,6 +398,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run:
             plan.show(s, planned, known_as(s.model, config))
             return
+        if warning := plan.dropout_note(s):
+            print(f"dropout {warning}")
         s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
         folder = checkpoint.fetch(s.model)
 
@@ -346,8 +419,9 @@ def main(argv: list[str] | None = None) -> None:
     if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
               "examples are longer")
-    if s.how.needs != "nothing" and len(chosen.examples) < s.calibration:
-        print(f"note: calibration on {len(chosen.examples)} examples, not {s.calibration}")
+    calibration = calibration_set(s, chosen.examples, tokenizer)
+    if s.how.needs != "nothing" and len(calibration) < s.calibration_examples:
+        print(f"note: calibration on {len(calibration)} examples, not {s.calibration_examples}")
     if recorded and recorded["data_sha256"] != chosen.sha256:
         raise UserError(f"{s.data}: not the data that {run} was started with")
     model = checkpoint.load(folder, s.master_dtype, s.device, task.classes or None, s.seed)
@@ -364,16 +438,16 @@ def main(argv: list[str] | None = None) -> None:
     start_file = run / "checkpoint" / "init.safetensors"
     if start_file.exists():
         initial = checkpoint.load_adapter(model, start_file, s.dropout)
+        freeze(model, s)
         print(f"initialisation read from {start_file}")
     else:
-        initial, report = initialise(model, s, chosen.examples)
+        initial, report = initialise(model, s, calibration)
         if report:
             report["seconds"] = round(time.perf_counter() - started, 1)
             report["peak_memory_gb"] = round(plan.memory_used(s.device) / 1e9, 2)
             checkpoint.save_json(run / "ranks.json", report)
             checkpoint.save_adapter(start_file, model, initial, s.residual)
-        if s.how.needs == "fisher":
-            show_ranks(s, report)
+            show_start(s, report)
     parameters = sum(p.numel() for p in M.empty(config).parameters())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"trainable: {count / 1e6:,.2f}M of {parameters / 1e6:,.1f}M; initialised in "

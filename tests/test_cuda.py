@@ -22,7 +22,7 @@ from baselines import METHODS
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg", "3", "--r-max",
-         "5", "--calibration", "8", "--batch-size", "4", "--lr", "1e-3", "--steps", "6"]
+         "5", "--calibration-examples", "8", "--batch-size", "4", "--lr", "1e-3", "--steps", "6"]
 
 
 def on_both(make, dtype):

@@ -188,8 +188,8 @@ def world(tmp_path, monkeypatch):
     write_data("d")
     for method in ("farss", "full"):
         train.main(["--model", "tiny", "--data", "d/train.jsonl", "--method", method, "--rank",
-                    "4", "--r-avg", "2", "--r-max", "4", "--calibration", "4", "--steps", "2",
-                    "--batch-size", "4", "--lr", "1e-3"])
+                    "4", "--r-avg", "2", "--r-max", "4", "--calibration-examples", "4", "--steps",
+                    "2", "--batch-size", "4", "--lr", "1e-3"])
     return tmp_path
 
 

@@ -24,8 +24,8 @@ from checkpoint import UserError
 
 SMALL = dict(hidden_size=96, intermediate_size=192, num_attention_heads=4, num_key_value_heads=4,
              head_dim=24)
-FLAGS = ["--device", "cpu", "--rank", "32", "--r-avg", "12", "--r-max", "16", "--calibration", "32",
-         "--batch-size", "16", "--max-length", "64"]
+FLAGS = ["--device", "cpu", "--rank", "32", "--r-avg", "12", "--r-max", "16",
+         "--calibration-examples", "32", "--batch-size", "16", "--max-length", "64"]
 
 
 @pytest.fixture(scope="module")

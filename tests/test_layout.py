@@ -17,7 +17,7 @@ OURS = {file.stem for file in FILES}
 ALLOWED = {
     "model": set(),
     "farss": {"model"},  # two helpers: precision and train mode
-    "baselines": set(),
+    "baselines": {"farss", "model"},  # the split that PiSSA, MiLoRA, CorDA and FARSS share
     "checkpoint": {"model"},
     "data": {"checkpoint", "model"},
     "benchmarks": {"checkpoint", "data"},

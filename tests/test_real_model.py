@@ -124,8 +124,8 @@ def test_farss_end_to_end(tmp_path, monkeypatch, tokenizer):
 
     monkeypatch.setattr(M, "attach", spy)
     train.main(["--model", FOLDER, "--data", files[0], "--rank", "32", "--r-avg", "12", "--r-max",
-                "16", "--calibration", "4", "--batch-size", "4", "--steps", "5", "--lr", "5e-4",
-                "--examples", "200", "--max-length", "256", "--out", "run"])
+                "16", "--calibration-examples", "4", "--batch-size", "4", "--steps", "5", "--lr",
+                "5e-4", "--examples", "200", "--max-length", "256", "--out", "run"])
     assert seen["difference"] < 1e-5  # fp32: the start leaves the function as it was
     report = C.read_json("run/ranks.json")
     shallow = {n: x["I"] for n, x in report["layers"].items() if x["shallow"]}

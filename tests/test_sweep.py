@@ -16,7 +16,7 @@ import sweep
 import train
 
 REPO = Path(__file__).resolve().parent.parent
-SHORT = ["--steps", "2", "--batch-size", "4", "--calibration", "4"]
+SHORT = ["--steps", "2", "--batch-size", "4", "--calibration-examples", "4"]
 
 
 def rows_of(*values):
@@ -82,7 +82,7 @@ def test_a_sweep_runs_what_is_missing_and_ends_in_one_table(tmp_path, monkeypatc
 @pytest.mark.parametrize("argv, says", [
     (["--lrs", "fast"], "invalid float"),
     (["--jobs", "0"], "--jobs must be at least 1"),
-    (["--methods", "pissa"], "invalid choice"),
+    (["--methods", "dora"], "invalid choice"),
     (["--model", "nowhere"], "no such folder"),
     (["--model", "llama2-7b"], "no learning rates are known for farss"),
     (["--", "--rank", "0"], "--rank must be above 0"),

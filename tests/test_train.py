@@ -24,7 +24,7 @@ from baselines import METHODS
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg", "3", "--r-max",
-         "5", "--calibration", "8", "--batch-size", "4", "--lr", "1e-3", "--steps", "6"]
+         "5", "--calibration-examples", "8", "--batch-size", "4", "--lr", "1e-3", "--steps", "6"]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def examples(n=6):
 def settings(**more):
     return S.Settings(**{"model": "tiny", "device": "cpu", "dtype": "float32", "lr": 1e-2,
                              "rank": 4, "alpha": 4.0, "dropout": 0.0, "micro_batch": 6,
-                             "shallow": 1, "calibration": 6, "r_avg": 2, "r_max": 3,
+                             "shallow": 1, "calibration_examples": 6, "r_avg": 2, "r_max": 3,
                              "checkpointing": False} | more)
 
 
@@ -85,7 +85,9 @@ def one_step(s, dtype=torch.float64, optimizer=torch.optim.SGD):
 def test_a_step_does_not_depend_on_micro_batches_or_checkpointing(method, more):
     one, (loss, norm, tokens) = one_step(settings(method=method))
     two, (loss2, norm2, tokens2) = one_step(settings(method=method, **more))
-    assert loss == pytest.approx(loss2, rel=1e-9) and norm == pytest.approx(norm2, rel=1e-9)
+    exact = all(p.dtype == torch.float64 for p in one.parameters() if p.requires_grad)
+    assert loss == pytest.approx(loss2, rel=1e-9)
+    assert norm == pytest.approx(norm2, rel=1e-9 if exact else 1e-6)
     assert tokens == tokens2
     for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
         # SGD, whose step is the gradient; LoRA's A and B are fp32 even here.
@@ -439,7 +441,7 @@ def test_resume_refuses_changed_data(here, monkeypatch):
     ([*SMALL, "--rank", "0"], "--rank must be above 0"),
     ([*SMALL, "--lr", "nan"], "--lr must be above 0"),
     ([*SMALL, "--dropout", "1"], "--dropout must be in [0, 1)"),
-    ([*SMALL, "--method", "pissa"], "invalid choice"),
+    ([*SMALL, "--method", "dora"], "invalid choice"),
     ([*SMALL, "--mehtod", "lora"], "unrecognized arguments"),
     ([*SMALL, "--device", "cuda:99"], "not usable here"),
     (["--resume", "nowhere"], "no such folder"),
@@ -480,7 +482,7 @@ def test_a_console_without_greek_letters_and_a_python_without_resource(here):
 
 
 def test_help_names_equations_sources_and_defaults(capsys):
-    for call, words in ((train.main, ("K-FAC factors; default 256 (A.2.1)", "Eq. 5", "--dry-run")),
+    for call, words in ((train.main, ("of the text; default 256 (A.2.1)", "Eq. 5", "--dry-run")),
                         (E.main, ("Eq. 36-38", "--full-results", "lm_eval"))):
         with pytest.raises(SystemExit) as stop:
             call(["--help"])
