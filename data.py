@@ -412,6 +412,25 @@ def running_text(rows: list[Row], tokenizer: Tokenizer, count: int, max_length: 
             for i in starts.tolist()]
 
 
+def read_text(path: Path) -> str:
+    """A file of text; UserError where it is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as text ({error})") from None
+    if not text.strip():
+        raise UserError(f"{path}: is empty")
+    return text
+
+
+def pieces(text: str, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """A text cut into pieces of at most max_length tokens, BOS before each, every token of them
+    labelled."""
+    ids, step = tokenizer.encode(text, bos=False), max_length - len(tokenizer.prefix)
+    cut = [tokenizer.prefix + ids[i : i + step] for i in range(0, len(ids), step)]
+    return [Example(piece, 1) for piece in cut if len(piece) > 1]
+
+
 @dataclass
 class TrainingSet:
     examples: list[Example]

@@ -157,7 +157,6 @@ class Evaluator:
                 out[i] = cut(self.tokenizer.decode(tokens), stops)
         return out
 
-    @torch.inference_mode()
     def answer_loss(self, rows: list[data.Row], task: str) -> float | None:
         """Mean loss (nats per token) of the reference answers under the task's prompt.
 
@@ -165,13 +164,35 @@ class Evaluator:
         """
         examples = [data.tokenise(self.tokenizer, *data.question_and_response(r), 512,
                                   data.TASKS[task].prompt) for r in rows]
-        total, count = 0.0, 0
-        kept = [e for e in examples if e]
-        for batch in tqdm(data.batches_by_length(kept, lambda e: len(e.ids), 8),
-                          desc="answer loss", leave=False, disable=None):
-            nll, n = self.model.loss(**data.collate(batch, M.embedding(self.model).device))
+        return mean_loss(self.model, [e for e in examples if e], "answer loss")
+
+    def text_loss(self, text: str) -> float | None:
+        """Mean loss (nats per token) of a text, read in pieces of 512 tokens: what a model that
+        forgets loses first, without questions."""
+        return mean_loss(self.model, data.pieces(text, self.tokenizer, 512), "text loss")
+
+
+@torch.inference_mode()
+def mean_loss(model: M.Model, examples: list[data.Example], desc: str = "loss") -> float | None:
+    """Mean loss in nats per labelled token; None without any, and where it is not finite."""
+    total, count = 0.0, 0
+    with M.evaluating(model):
+        for batch in tqdm(data.batches_by_length(examples, lambda e: len(e.ids), 8), desc=desc,
+                          leave=False, disable=None):
+            nll, n = model.loss(**data.collate(batch, M.embedding(model).device))
             total, count = total + nll.item(), count + n
-        return total / count if count and math.isfinite(total) else None
+    return total / count if count and math.isfinite(total) else None
+
+
+def known_examples(task: str, tokenizer: checkpoint.Tokenizer, limit: int) -> list[data.Example]:
+    """The first questions of each knowledge benchmark of the task, with the right answer as
+    response."""
+    examples = []
+    for name in of_group(BENCHMARKS, data.TASKS[task].knowledge):
+        for q in questions(name, data.read_rows(BENCHMARKS[name].source)[:limit]):
+            asked = tokenizer.encode(q.prompt)
+            examples.append(data.Example(tokenizer.encode(f"{q.prompt} {q.gold[0]}"), len(asked)))
+    return [e for e in examples if len(e.ids) > e.prompt_length]
 
 
 def complete(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
@@ -541,6 +562,8 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the run's; for a "
                         "model float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="also the mean loss of this "
+                        "text, which the model knew before")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
     parser.add_argument("--table", nargs="+", metavar="RUN", help="print a table of finished "
                         "results and stop")
@@ -622,6 +645,7 @@ def main(argv: list[str] | None = None) -> None:
             paper_row(about)
         elif source:
             read_results(source)
+    text = data.read_text(args.text) if args.text else ""
     rows = {b: data.read_rows(args.data.get(b) or own_source(target, b), BENCHMARKS[b].source)
             [: args.limit] for b in args.benchmarks or of_task(task_of(about))}
     asked = {b: questions(b, r) for b, r in rows.items()}
@@ -652,6 +676,13 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.save_json(out / "results.json", results)
     for sentence in best_and_last(epochs):
         print(sentence)
+    if args.text:
+        loss = evaluator.text_loss(text)
+        results["text"] = {"file": args.text.name, "loss": loss,
+                           "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        print(f"{args.text}: {loss} nats a token" if loss is None else
+              f"{args.text}: {loss:.4f} nats a token")
+        checkpoint.save_json(out / "results.json", results)
     try:
         results["summary"] = summarise(results, base, full)
         checkpoint.save_json(out / "results.json", results)

@@ -29,12 +29,14 @@ from model import (
     whole_parameters,
 )
 from settings import (
+    AUTO,
     DTYPES,
     GLUE,
     PRESETS,
     Parser,
     Preset,
     Settings,
+    candidates,
     preset,
     run_main,
     whole_blocks,
@@ -92,6 +94,8 @@ class Plan:
 def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0) -> Plan:
     """The plan of a run on a device with `memory` bytes (None: what is free on s.device now), on
     a dataset of so many `rows` (0: not known, and enough)."""
+    if s.shallow == AUTO:  # until a trial has found it
+        s = replace(s, shallow=candidates(config.num_hidden_layers)[-1])
     skeleton = empty(config)
     parameters = sum(p.numel() for p in skeleton.parameters())
     memory = device_memory(s.device) if memory is None else memory
@@ -322,6 +326,11 @@ def show(s: Settings, plan: Plan, known: str) -> None:
     """--dry-run: all that can be known without weights; `known`: the model's name in PRESETS."""
     print(f"plan: {s.model}, {s.task}, {s.method}")
     print(f"model         {plan.blocks} blocks, {million(plan.parameters)} parameters, {s.dtype}")
+    if s.shallow == AUTO:
+        tried = candidates(plan.blocks)
+        print(f"boundary      by a trial of {tried[0]} to {tried[-1]} shallow blocks, of which the "
+              "last is shown")
+        s = replace(s, shallow=tried[-1])
     if s.how.adaptive:
         print(f"shallow       {s.shallow} of {plan.blocks} blocks, r (r_min, r_avg, r_max) = "
               f"({s.r_min}, {s.r_avg:g}, {s.r_max}), {end_of(s, 0)}-scoring directions")

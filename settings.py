@@ -69,8 +69,9 @@ class Settings:
     rank: int = setting(128, "R: rank of the deep layers, of all layers for lora", "A.2.1")
     alpha: float = setting(None, "the adapters are scaled by alpha / R, one constant for all "
                                  "layers; default R, so 1", "A.2.1")
-    shallow: int = setting(None, "number of shallow blocks, counted from the first; default: the "
-                                 "paper's for its models, 7/32 of the blocks for others", "4.2")
+    shallow: int = setting(None, "number of shallow blocks, counted from the first; auto: by a "
+                                 "short trial of 1/8 to 1/4 of them (3.1); default: the paper's "
+                                 "for its models, 7/32 of the blocks for others", "4.2")
     r_min: int = setting(1, "smallest rank of a shallow layer", "4.2")
     r_avg: float = setting(50.0, "mean rank asked for the shallow layers, before clipping", "4.2")
     r_max: int = setting(64, "largest rank of a shallow layer", "4.2")
@@ -162,6 +163,19 @@ class Settings:
         return torch.float32 if self.how.trains == "weights" else DTYPES[self.dtype]
 
 
+AUTO = -1  # of shallow blocks: to be found by a trial
+
+
+def number_of_blocks(text: str) -> int:
+    """--shallow: a number, or auto."""
+    return AUTO if text == "auto" else int(text)
+
+
+def candidates(blocks: int) -> range:
+    """Section 3.1: boundaries between 1/8 and 1/4 of the blocks."""
+    return range(max(1, round(blocks / 8)), max(1, round(blocks / 4)) + 1)
+
+
 # Table 1: first and last block, of so many, that does not train.
 FROZEN = {"shallow-third": lambda blocks: (0, round(blocks / 3)),
           "deep-third": lambda blocks: (blocks - round(blocks / 3), blocks)}
@@ -230,8 +244,12 @@ PRESETS: dict[tuple[str | None, str], Preset] = {
              lr=dict(full=8e-4, lora=4e-3, farss=2e-3)),  # best K and task of microcosm/results.csv
         source="microcosm/README.md",
         base_results=MICROCOSM / "base.json", full_results=MICROCOSM / "full.json",
-        grid=dict(full=(2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), lora=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-                  farss=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3))),
+        grid={"full": (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3),
+              "farss": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+              **dict.fromkeys(("farss-top", "all-high", "pissa", "corda-ipm"),
+                              (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
+              **dict.fromkeys(("lora", "milora", "corda-kpm", "lora-null", "lora-null-v2", "kasa",
+                               "farss-init"), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))}),
 }
 
 
@@ -309,6 +327,7 @@ def origins(s: Settings, config: Config, flags: dict[str, Any]) -> list[str]:
         elif f.name == "dtype" and s.dtype == "float32":
             source = "here"
         shown = f"{value:g}" if isinstance(value, float) else str(value)
+        shown = "auto" if f.name == "shallow" and value == AUTO else shown
         of = f" of {config.num_hidden_layers} blocks" if f.name == "shallow" else ""
         said.setdefault(source, []).append(f"{f.name.replace('_', ' ')} {shown}{of}")
     titles = {source: f"the paper, {source}" if re.match(r"[A\d]\.?\d", source) else
@@ -350,6 +369,9 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
 
+PARSERS: dict[str, Callable[[str], Any]] = {"shallow": number_of_blocks}
+
+
 def training_arguments(description: str | None, argv: list[str] | None = None
                        ) -> argparse.Namespace:
     """The command line of train.py: a flag for every setting, and those of the run itself."""
@@ -368,7 +390,7 @@ def training_arguments(description: str | None, argv: list[str] | None = None
         default = where if f.default is None else f"; default {shown}{where}"
         more: dict[str, Any] = (
             dict(action=argparse.BooleanOptionalAction) if f.type is bool else
-            dict(type=f.type, choices=choices.get(f.name),
+            dict(type=PARSERS.get(f.name, f.type), choices=choices.get(f.name),
                  metavar=None if f.name in choices else f.name.upper()))
         group.add_argument("--" + f.name.replace("_", "-"), default=None,
                            help=f.metadata["help"] + default, **more)
@@ -469,7 +491,7 @@ def check(s: Settings, config: Config) -> None:
         good, what = RANGES.get(f.name, POSITIVE if f.type in (int, float) else ANYTHING)
         if value is not None and not good(value):
             raise UserError(f"--{f.name.replace('_', '-')} must be {what}, not {value}")
-    if not 0 <= s.shallow <= config.num_hidden_layers:
+    if s.shallow != AUTO and not 0 <= s.shallow <= config.num_hidden_layers:
         raise UserError(f"--shallow {s.shallow}: {s.model} has {config.num_hidden_layers} blocks")
     if FAMILIES[config.model_type].encoder and s.max_length > config.longest:
         raise UserError(f"--max-length {s.max_length}: {s.model} has positions for "

@@ -40,9 +40,11 @@ from baselines import Given, covariance_sweep, split
 from benchmarks import BENCHMARKS, of_group
 from checkpoint import UserError
 from settings import (
+    AUTO,
     DTYPES,
     Settings,
     base_of,
+    candidates,
     check,
     check_new,
     fail,
@@ -374,6 +376,58 @@ class StopRequest:
 # ------------------------------------------------------------------------------------------- run
 
 
+TRIAL_STEPS = 20
+
+
+def find_boundary(folder: Path, s: Settings, examples: list[data.Example],
+                  calibration: list[data.Example], tokenizer: checkpoint.Tokenizer
+                  ) -> tuple[int, list[dict]]:
+    """Section 3.1's search for the number of shallow blocks: (it, what each candidate came to).
+
+    The paper says "between 1/8 and 1/4 of the blocks" and no more. Here each candidate is trained
+    for TRIAL_STEPS steps. K is then exp(-rise of the loss on the answers of the task's knowledge
+    questions), T the fall of the loss on 32 examples that were held out, relative to the best
+    candidate's; the highest harmonic mean of both is taken.
+    """
+    held_out, rest = examples[:32], examples[32:] or examples
+    known = evaluation.known_examples(s.task, tokenizer, 64)
+    tried: list[dict] = []
+    for shallow in tqdm(candidates(checkpoint.read_config(folder).num_hidden_layers),
+                        desc="boundary", disable=None):
+        trial = replace(s, shallow=shallow, steps=TRIAL_STEPS)
+        model = checkpoint.load(folder, s.master_dtype, s.device)
+        before = [evaluation.mean_loss(model, e) for e in (known, held_out)]
+        initialise(model, trial, calibration)
+        run_trial(model, trial, rest)
+        after = [evaluation.mean_loss(model, e) for e in (known, held_out)]
+        falls = [x - y for x, y in zip(before, after, strict=True)
+                 if x is not None and y is not None]
+        if len(falls) < 2:
+            raise UserError("--shallow auto: a loss is not finite, or there is nothing to ask; "
+                            "give a number")
+        tried.append({"shallow": shallow, "K": math.exp(min(0.0, falls[0])), "fall": falls[1]})
+    best = max(x["fall"] for x in tried)
+    for x in tried:
+        x["T"] = x["fall"] / best if best > 0 else 0.0
+        x["KT"] = evaluation.harmonic_mean(x["K"], max(0.0, x["T"]))
+        print(f"boundary {x['shallow']}: K {x['K']:.3f}, T {x['T']:.3f}, KT {x['KT']:.3f}")
+    return max(tried, key=lambda x: x["KT"])["shallow"], tried
+
+
+def run_trial(model: M.Model, s: Settings, examples: list[data.Example]) -> None:
+    """The first s.steps steps of an epoch, the schedule fitted to them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay)
+    batches = data.epoch_batches([len(e.ids) for e in examples], s.batch_size, s.seed, 0)
+    model.train()
+    torch.manual_seed(s.seed)
+    for step in range(s.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * schedule(step, s.steps, s.warmup)
+        batch = [examples[i] for i in batches[step % len(batches)]]
+        train_step(model, batch, s, optimizer, trained)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = training_arguments(__doc__, argv)
     if args.resume:
@@ -424,12 +478,16 @@ def main(argv: list[str] | None = None) -> None:
         print(f"note: calibration on {len(calibration)} examples, not {s.calibration_examples}")
     if recorded and recorded["data_sha256"] != chosen.sha256:
         raise UserError(f"{s.data}: not the data that {run} was started with")
+    boundary: list[dict] = []
+    if s.shallow == AUTO:
+        shallow, boundary = find_boundary(folder, s, chosen.examples, calibration, tokenizer)
+        s = replace(s, shallow=shallow)
     model = checkpoint.load(folder, s.master_dtype, s.device, task.classes or None, s.seed)
     if recorded is None:  # run.json goes first: with it alone a run can be resumed
         run.mkdir(parents=True, exist_ok=True)
         write_run(run, s, {
             "data_sha256": chosen.sha256, "dropped_rows": chosen.dropped, "cut_rows": chosen.cut,
-            "known_as": known_as(s.model, config),
+            "known_as": known_as(s.model, config), **({"boundary": boundary} if boundary else {}),
             "base": str(folder.resolve()) if checkpoint.is_folder(s.model) else None,
             "base_fingerprint": checkpoint.fingerprint(folder)})
     (run / "checkpoint").mkdir(exist_ok=True)
