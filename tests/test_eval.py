@@ -3,10 +3,11 @@
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_llama, write_checkpoint, write_data
+from tiny import byte_tokenizer, oracle, tiny_llama, write_checkpoint, write_data
 
 import checkpoint as C
 import data
@@ -14,6 +15,7 @@ import eval as E
 import model as M
 import settings as S
 import train
+from checkpoint import UserError
 
 
 def test_cut():
@@ -138,6 +140,47 @@ def test_answer_loss_is_transformers_loss(evaluator, tmp_path):
             total += theirs(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item() * n
         count += n
     assert evaluator.answer_loss(asked, "math") == pytest.approx(total / count, rel=1e-5)
+
+
+def test_text_loss_is_transformers_loss(evaluator, tmp_path):
+    """A text in pieces of 512 tokens, the BOS in front of each among them; every token counts."""
+    text = "to know and to forget " * 40  # 880 byte tokens
+    C.save(evaluator.model, tmp_path / "m")
+    theirs, tokenizer, total, count = oracle(tmp_path / "m"), evaluator.tokenizer, 0.0, 0
+    ids = tokenizer.encode(text, bos=False)
+    for piece in (ids[:511], ids[511:]):
+        inputs = torch.tensor([[256, *piece]])
+        total += theirs(inputs, labels=inputs).loss.item() * len(piece)
+        count += len(piece)
+    assert len(data.pieces(text, tokenizer, 512)) == 2
+    assert evaluator.text_loss(text) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_text_is_scored_beside_the_benchmarks(tmp_path, monkeypatch, capsys, checkpoint):
+    monkeypatch.chdir(tmp_path)
+    write_data("d")
+    Path("known.txt").write_text("to know and to forget")
+    E.main([str(checkpoint), "--benchmarks", "nq_open", "--data", "nq_open=d/nq.jsonl", "--out",
+            "out", "--text", "known.txt", "--max-new-tokens", "2", "--device", "cpu"])
+    stored = E.read_results("out")["text"]
+    assert f"known.txt: {stored['loss']:.4f} nats a token" in capsys.readouterr().out
+    for content, words in ((b"", "is empty"), (b"\xff\xfe", "not readable as text")):
+        Path("known.txt").write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            E.main([str(checkpoint), "--benchmarks", "nq_open", "--text", "known.txt"])
+    with pytest.raises(UserError, match=r"nowhere\.txt: not readable"):
+        E.main([str(checkpoint), "--benchmarks", "nq_open", "--text", "nowhere.txt"])
+
+
+def test_what_is_known_is_asked_with_its_answer(checkpoint):
+    """For the boundary's search: the first questions of each knowledge benchmark."""
+    tokenizer = C.Tokenizer(C.MICROCOSM, C.read_config(C.MICROCOSM))
+    known = E.known_examples("microcosm", tokenizer, 2)
+    row = data.read_rows("city")[0]
+    asked = f"Q: {row.fields['question']}\nA:"
+    assert len(known) == 6
+    assert tokenizer.decode(known[0].ids) == f"{asked} {row.fields['answer'][0]}"
+    assert tokenizer.decode(known[0].ids[: known[0].prompt_length]) == asked
 
 
 def test_answer_loss_is_none_where_there_is_none(evaluator):

@@ -488,3 +488,43 @@ def test_help_names_equations_sources_and_defaults(capsys):
             call(["--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert stop.value.code == 0 and all(word in text for word in words)
+
+
+# --------------------------------------------------------------------------- the boundary's search
+
+
+def test_the_boundary_with_the_best_of_both_is_taken(tmp_path, monkeypatch, capsys):
+    """Section 3.1: 1/8 to 1/4 of 16 blocks; the run is then the one with that --shallow."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("tiny", num_hidden_layers=16, hidden_size=16, intermediate_size=32,
+                     num_attention_heads=2, num_key_value_heads=1)
+    write_data("d")
+    known = [data.Example([256, 5, 6, 7, 8], 2), data.Example([256, 9, 6, 3], 1)]
+    monkeypatch.setattr(E, "known_examples", lambda *_: known)
+    monkeypatch.setattr(train, "TRIAL_STEPS", 3)
+    train.main([*SMALL, "--shallow", "auto", "--out", "auto"])
+    tried, out = C.read_json("auto/run.json")["boundary"], capsys.readouterr().out
+    assert [x["shallow"] for x in tried] == [2, 3, 4] and out.count("\nboundary ") == 3
+    assert max(x["T"] for x in tried) == 1 and all(0 < x["K"] <= 1 for x in tried)
+    for x in tried:
+        assert x["KT"] == pytest.approx(2 * x["K"] * x["T"] / (x["K"] + x["T"]))
+    best = max(tried, key=lambda x: x["KT"])["shallow"]
+    assert S.read_run(Path("auto"))[0].shallow == best
+    train.main([*SMALL, "--shallow", str(best), "--out", "given"])
+    one, two = (Path(run) / "adapter.safetensors" for run in ("auto", "given"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_boundary_that_cannot_be_tried_is_one_line(here, monkeypatch):
+    monkeypatch.setattr(E, "known_examples", lambda *_: [])
+    with pytest.raises(C.UserError, match=r"--shallow auto: .* nothing to ask; give a number"):
+        train.main([*SMALL, "--shallow", "auto"])
+    assert not Path("runs").exists()
+    train.main([*SMALL, "--shallow", "auto", "--dry-run"])
+    with pytest.raises(SystemExit):
+        train.main([*SMALL, "--shallow", "some"])
+
+
+def test_candidates_are_an_eighth_to_a_quarter():
+    assert [list(S.candidates(n)) for n in (32, 12, 40, 1)] == [
+        [4, 5, 6, 7, 8], [2, 3], [5, 6, 7, 8, 9, 10], [1]]
