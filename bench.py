@@ -3,6 +3,7 @@
     python bench.py FOLDER              FOLDER holds a Llama checkpoint (see README)
     python bench.py FOLDER --rows initialisation
     python bench.py --blocks            peak memory of the sweep as blocks are added; no FOLDER
+    python bench.py --starts            the start of every method, beside peft's; no FOLDER
 
 Every measurement is a process of its own, the two sides taking turns, so that their ratio holds
 when the machine's speed drifts and peak memory is each side's own. Reported: the median over
@@ -12,6 +13,9 @@ the rounds, and the median of the ratios round by round. Needs requirements-dev.
                     AdamW, batch 8 of 128 to 256 tokens, loss on the last half of each: real
                     tokens per second, after one step
     generation      beside transformers: 16 prompts of 32 to 64 tokens, 64 new tokens each, greedy
+    starts          seconds and memory added until the adapters are attached, on one random block
+                    of Llama-2-7B's shapes (--width and --mlp for smaller ones), R = 128, 16
+                    sequences of 256 tokens; peft's, where it has the method, a sequence at a time
     initialisation  beside FARSS on factors of the whole model at once (kfac_factors), which need
                     the memory of all blocks: 16 sequences of 128 to 256 tokens, R = 32
 """
@@ -34,6 +38,7 @@ import farss
 import model as M
 import plan
 import train
+from baselines import METHODS
 from settings import Settings
 
 STEPS, NEW = 3, 64
@@ -181,6 +186,85 @@ def grown(blocks: int, whole: bool) -> float:
     return plan.memory_used("cpu") - before
 
 
+# ----------------------------------------------------------------------- the start of every method
+
+SEQUENCES, LENGTH, RANK = 16, 256, 128
+
+
+def one_block(width: int, mlp: int) -> M.Config:
+    heads = max(1, width // 128)
+    return M.Config(512, width, mlp, 1, heads, heads, width // heads)
+
+
+def sequences() -> list[data.Example]:
+    draw = torch.Generator().manual_seed(0)
+    return [data.Example(torch.randint(3, 512, (LENGTH,), generator=draw).tolist(), LENGTH // 2)
+            for _ in range(SEQUENCES)]
+
+
+def start_here(method: str, width: int, mlp: int) -> dict[str, float]:
+    """Seconds and bytes that a method's start takes; the block counts as deep."""
+    torch.manual_seed(0)
+    model = M.CausalLM(one_block(width, mlp)).eval()
+    s = Settings(model="a random block", method=method, shallow=0, rank=RANK, alpha=float(RANK),
+                 device="cpu", dtype="float32", calibration_examples=SEQUENCES)
+    before, began = plan.memory_used("cpu"), time.perf_counter()
+    train.initialise(model, s, sequences())
+    return {"seconds": time.perf_counter() - began, "bytes": plan.memory_used("cpu") - before}
+
+
+def peft_start(method: str) -> dict[str, Any] | None:
+    """How peft is told of a method; None where it has it not."""
+    import peft
+    from peft.tuners.lora.config import CordaConfig
+
+    known: dict[str, dict[str, Any]] = {
+        "lora": {}, "pissa": {"init_lora_weights": "pissa"},
+        "kasa": {"kasa_config": peft.KasaConfig()}}
+    for name in ("kpm", "ipm"):
+        known[f"corda-{name}"] = {"init_lora_weights": "corda",
+                                         "corda_config": CordaConfig(corda_method=name)}
+    return known.get(method)
+
+
+def start_in_peft(method: str, width: int, mlp: int) -> dict[str, float]:
+    import peft
+    import transformers
+    from peft.tuners.lora.corda import preprocess_corda
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **{k: v for k, v in checkpoint.config_json(one_block(width, mlp)).items()
+           if k not in ("architectures", "model_type")})).eval()
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LINEARS),
+                             **(peft_start(method) or {}))
+
+    @torch.no_grad()
+    def run_model():
+        for e in sequences():
+            model(torch.tensor([e.ids]))
+
+    before, began = plan.memory_used("cpu"), time.perf_counter()
+    if config.corda_config is not None:
+        preprocess_corda(model, config, run_model=run_model)
+    peft.get_peft_model(model, config)
+    return {"seconds": time.perf_counter() - began, "bytes": plan.memory_used("cpu") - before}
+
+
+def starts(width: int, mlp: int) -> None:
+    print(f"{'method':14}{'seconds':>9}{'GB added':>10}{'peft: seconds':>15}{'GB added':>10}")
+    size = (str(width), str(mlp))
+    for method, row in METHODS.items():
+        if row.trains != "adapters":
+            continue
+        here = fresh("--start", method, "here", *size)
+        line = f"{method:14}{here['seconds']:>9.1f}{here['bytes'] / 1e9:>10.2f}"
+        if peft_start(method) is not None:
+            there = fresh("--start", method, "peft", *size)
+            line += f"{there['seconds']:>15.1f}{there['bytes'] / 1e9:>10.2f}"
+        print(line, flush=True)
+
+
 # --------------------------------------------------------------------------------------- measuring
 
 # row: (this project, its peer, the peer's name)
@@ -229,6 +313,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--blocks", action="store_true", help="memory against number of blocks")
+    parser.add_argument("--starts", action="store_true", help="the start of every method")
+    parser.add_argument("--width", type=int, default=4096, help="of --starts; default %(default)s")
+    parser.add_argument("--mlp", type=int, default=11008, help="of --starts; default %(default)s")
+    parser.add_argument("--start", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--grown", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -238,6 +326,14 @@ def main() -> None:
         print(json.dumps({"tokens/s": speed, "peak GB": plan.memory_used("cpu") / 1e9}))
     elif args.grown:
         print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]))}))
+    elif args.start:
+        method, side, width, mlp = args.start
+        start = start_here if side == "here" else start_in_peft
+        print(json.dumps(start(method, int(width), int(mlp))))
+    elif args.starts:
+        print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, one block of "
+              f"width {args.width}, MLP {args.mlp}")
+        starts(args.width, args.mlp)
     elif args.blocks:
         along_blocks()
     elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):
