@@ -187,6 +187,12 @@ def test_plan_of_the_papers_run_needs_no_weights(capsys, tmp_path, monkeypatch):
     assert "LoRA of rank 128: 319.8M" in out and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("model", ["roberta-large", "llama3.2-1b"])
+def test_what_the_paper_prints_of_one_model_is_not_said_of_another(capsys, model):
+    task = "math" if model == "llama3.2-1b" else "glue:rte"
+    assert "paper prints" not in shown(capsys, "--model", model, "--task", task)
+
+
 @pytest.mark.parametrize("argv, says", [
     (["--model", "llama2-7b", "--method", "lora"], "trainable     319.8M"),
     (["--model", "llama2-7b", "--method", "full"], "THIS DOES NOT FIT"),
