@@ -246,11 +246,10 @@ def classify(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dic
     return records
 
 
-def validator(model: M.Model, tokenizer: checkpoint.Tokenizer, rows: dict[str, list[data.Row]]
+def validator(model: M.Model, tokenizer: checkpoint.Tokenizer, asked: dict[str, list[Question]]
               ) -> Callable[[], dict[str, float | None]]:
-    """A function that scores the model, as it then is, on the rows of these benchmarks."""
+    """A function that scores the model, as it then is, on these questions of benchmarks."""
     evaluator = Evaluator(model, tokenizer)
-    asked = {b: questions(b, r) for b, r in rows.items()}
     return lambda: {b: score_of(b, evaluator.ask(b, q)) for b, q in asked.items()}
 
 

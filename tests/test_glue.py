@@ -331,6 +331,15 @@ def test_bad_input_of_a_classifier(home, flags, words):
     assert not Path("runs").exists()
 
 
+def test_a_bad_label_of_the_validation_set_is_found_before_a_run_begins(home, tmp_path):
+    folder = tsv(tmp_path / "set", "train.tsv", "sentence\tlabel", "a\t1", "b\t0")
+    tsv(folder, "dev.tsv", "sentence\tlabel", "a\t1", "b\t7")
+    with pytest.raises(UserError, match=r"dev\.tsv:3: the label '7' is none of 0, 1, negative"):
+        train.main(["--model", str(home / "model"), "--task", "glue:sst2", "--data", str(folder),
+                    "--method", "lora", *FLAGS])
+    assert not Path("runs").exists()
+
+
 def test_a_decoder_has_no_glue_task():
     with pytest.raises(UserError, match="glue:rte is not for a llama model"):
         train.main(["--model", "microcosm", "--task", "glue:rte"])
