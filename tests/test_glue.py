@@ -159,6 +159,15 @@ def test_texts_and_pairs_are_cut_as_transformers_cuts_them(tokenizers, a, b, len
     assert cut == (len(theirs(*pair)["input_ids"][0]) > length)
 
 
+@pytest.mark.parametrize("texts, least", [(["abc d"], 2), (["abc d", "ef g"], 4)])
+def test_no_room_for_the_marks_is_refused(tokenizers, texts, least):
+    """The tokenizers library would hand back the whole text, uncut."""
+    ids, cut = tokenizers[0].encode_texts(texts, least)
+    assert len(ids) == least and cut
+    with pytest.raises(UserError, match=f"--max-length {least - 1}: .* needs {least} tokens"):
+        tokenizers[0].encode_texts(texts, least - 1)
+
+
 def test_a_tokenizer_without_a_first_token_is_refused(home, tmp_path):
     """The class is read off it."""
     folder = tmp_path / "m"
