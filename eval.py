@@ -271,10 +271,10 @@ def epoch_scores(run: Path) -> list[dict[str, float | None]]:
 def best_and_last(epochs: list[dict[str, float | None]]) -> Iterable[str]:
     """GLUE papers differ in which epoch they report: both, and what the best is chosen on."""
     for b in epochs[0] if epochs else ():
-        scores = [-math.inf if e[b] is None else float(e[b] or 0) for e in epochs]
+        scores = [-math.inf if (score := e[b]) is None else score for e in epochs]
         best = max(scores)
         if math.isfinite(best):
-            yield (f"{b}: last epoch {scores[-1]:.2f}, best epoch {best:.2f} (number "
+            yield (f"{b}: last epoch {shown(epochs[-1][b])}, best epoch {best:.2f} (number "
                    f"{scores.index(best) + 1} of {len(scores)}, chosen on the set it is scored on)")
 
 

@@ -231,6 +231,8 @@ def test_best_and_last_epoch():
     assert list(E.best_and_last(epochs)) == [
         "a: last epoch 60.00, best epoch 70.00 (number 2 of 3, chosen on the set it is scored on)"]
     assert list(E.best_and_last([])) == []
+    assert list(E.best_and_last([{"a": -1.0}, {"a": None}])) == [
+        "a: last epoch undefined, best epoch -1.00 (number 1 of 2, chosen on the set it is scored on)"]
 
 
 # ------------------------------------------------------------------------------------- whole runs
