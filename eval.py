@@ -258,7 +258,7 @@ def score_of(name: str, records: list[dict]) -> float | None:
     score = BENCHMARKS[name].metric(records)
     if math.isfinite(score):
         return score
-    print(f"{name}: all predictions are equal, so the correlation is undefined")
+    print(f"{name}: all predictions or all labels are equal, so the correlation is undefined")
     return None
 
 
