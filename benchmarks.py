@@ -94,10 +94,7 @@ def without_extensions(answers: Iterable[str]) -> list[str]:
     return kept
 
 
-# --------------------------------------------------------------------------------- the benchmarks
-
-
-# -------------------------------------------------------------------------------------- metrics
+# --------------------------------------------------------------------------------------- metrics
 
 
 def accuracy(records: list[dict]) -> float:
@@ -118,6 +115,9 @@ def matthews(records: list[dict]) -> float:
     only one class is predicted, as scikit-learn has it."""
     value = pearson(records)
     return 0.0 if math.isnan(value) else value
+
+
+# --------------------------------------------------------------------------------- the benchmarks
 
 
 class Benchmark(NamedTuple):

@@ -860,7 +860,14 @@ class Tokenizer:
 
     def encode_texts(self, texts: Sequence[str], max_length: int) -> tuple[list[int], bool]:
         """One text or a pair as an encoder reads it, `<s> a </s>` or `<s> a </s></s> b </s>`, and
-        whether it was cut: one token after another off the longer text, as transformers does."""
+        whether it was cut: one token after another off the longer text, as transformers does.
+
+        UserError where max_length has no room for the marks alone: tokenizers would cut nothing.
+        """
+        marks = self.hf.num_special_tokens_to_add(len(texts) > 1)
+        if max_length < marks:
+            raise UserError(f"--max-length {max_length}: a text or pair needs {marks} tokens for "
+                            "its marks alone")
         self.hf.enable_truncation(max_length)
         encoding = self.hf.encode(texts[0], texts[1] if len(texts) > 1 else None)
         self.hf.no_truncation()

@@ -267,11 +267,10 @@ def classify(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dic
     return records
 
 
-def validator(model: M.Model, tokenizer: checkpoint.Tokenizer, rows: dict[str, list[data.Row]]
+def validator(model: M.Model, tokenizer: checkpoint.Tokenizer, asked: dict[str, list[Question]]
               ) -> Callable[[], dict[str, float | None]]:
-    """A function that scores the model, as it then is, on the rows of these benchmarks."""
+    """A function that scores the model, as it then is, on these questions of benchmarks."""
     evaluator = Evaluator(model, tokenizer)
-    asked = {b: questions(b, r) for b, r in rows.items()}
     return lambda: {b: score_of(b, evaluator.ask(b, q)) for b, q in asked.items()}
 
 
@@ -280,7 +279,7 @@ def score_of(name: str, records: list[dict]) -> float | None:
     score = BENCHMARKS[name].metric(records)
     if math.isfinite(score):
         return score
-    print(f"{name}: all predictions are equal, so the correlation is undefined")
+    print(f"{name}: all predictions or all labels are equal, so the correlation is undefined")
     return None
 
 
@@ -293,10 +292,10 @@ def epoch_scores(run: Path) -> list[dict[str, float | None]]:
 def best_and_last(epochs: list[dict[str, float | None]]) -> Iterable[str]:
     """GLUE papers differ in which epoch they report: both, and what the best is chosen on."""
     for b in epochs[0] if epochs else ():
-        scores = [-math.inf if e[b] is None else float(e[b] or 0) for e in epochs]
+        scores = [-math.inf if (score := e[b]) is None else score for e in epochs]
         best = max(scores)
         if math.isfinite(best):
-            yield (f"{b}: last epoch {scores[-1]:.2f}, best epoch {best:.2f} (number "
+            yield (f"{b}: last epoch {shown(epochs[-1][b])}, best epoch {best:.2f} (number "
                    f"{scores.index(best) + 1} of {len(scores)}, chosen on the set it is scored on)")
 
 

@@ -37,7 +37,6 @@ from settings import (
     Preset,
     Settings,
     candidates,
-    preset,
     run_main,
     whole_blocks,
 )
@@ -346,7 +345,7 @@ def show(s: Settings, plan: Plan, known: str) -> None:
     if s.how.trains == "weights":
         print(f"trainable     all {million(plan.trainable)}, fp32 master weights")
     elif s.how.adaptive:
-        paper = (preset(known, s.task).printed or (0, 0))[0]
+        paper = (PRESETS.get((known, s.task), Preset({})).printed or (0, 0))[0]  # its own alone
         print(f"trainable     {million(plan.trainable)} if every shallow rank were r_avg; the data "
               f"decide, between {million(plan.bounds[0])} and {million(plan.bounds[1])}"
               + (f"; the paper prints {paper}M" if paper and s.rank == 128 else ""))

@@ -341,6 +341,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--jobs must be at least 1")
     common = ["--model", args.model, *args.flags]
     s, _ = settle(training_arguments(None, common))
+    if not data.TASKS[s.task].knowledge:
+        parser.error(f"--task {s.task}: a sweep weighs T against K, and this task has no K; "
+                     "run train.py for each rate and seed")
     grid = preset(s.model, s.task).grid or {}
     out = args.out or Path("runs") / f"sweep-{model_name(args.model)}-{s.task}"
     without = [m for m in args.methods if not args.lrs and m not in grid]

@@ -467,9 +467,10 @@ def main(argv: list[str] | None = None) -> None:
              if chosen.dropped else "")
           + (f"; {chosen.cut} cut after {s.max_length} tokens, so without their end"
              if chosen.cut else ""))
-    validation = {b: data.read_rows(s.data if Path(s.data).is_dir() else BENCHMARKS[b].source,
-                                    BENCHMARKS[b].source)
-                  for b in (of_group(BENCHMARKS, task.group) if task.classes else [])}
+    validation = {  # a wrong label of it, too, is found before anything is written
+        b: evaluation.questions(b, data.read_rows(
+            s.data if Path(s.data).is_dir() else BENCHMARKS[b].source, BENCHMARKS[b].source))
+        for b in (of_group(BENCHMARKS, task.group) if task.classes else [])}
     if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
               "examples are longer")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -23,6 +25,8 @@ from tiny import (
     oracle,
     padded,
     tiny_llama,
+    tiny_roberta,
+    tiny_texts,
     write_checkpoint,
 )
 from tokenizers import AddedToken, processors
@@ -733,6 +737,49 @@ def test_bad_config_field(folder, name, value):
 def test_missing_config_field(folder, name):
     edit_json(folder / "config.json", drop=[name])
     refused(lambda: load(folder), folder / "config.json", name)
+
+
+def test_an_unsupported_model_type_is_told_the_supported_ones(folder):
+    edit_json(folder / "config.json", model_type="bert")
+    refused(lambda: load(folder), folder / "config.json",
+            "model_type 'bert' is not supported; supported: llama, mistral, gemma2, roberta$")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("is_decoder", True), ("problem_type", "multi_label_classification")])
+def test_what_an_encoder_may_not_say(tmp_path, name, value):
+    """It would be another function: a causal mask, a score of its own for each class."""
+    C.save(tiny_roberta(), tmp_path)
+    edit_json(tmp_path / "config.json", **{name: value})
+    refused(lambda: load(tmp_path), tmp_path / "config.json", f"{name} {value!r} is not supported")
+
+
+def test_what_is_supported_is_listed_with_its_size():
+    """`python checkpoint.py --list`; published sizes, in millions."""
+    process = subprocess.run([sys.executable, C.__file__, "--list"], capture_output=True, text=True)
+    lines = process.stdout.split("\n\n")[0].splitlines()[1:]
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert process.returncode == 0 and list(rows) == list(C.MODELS)
+    assert rows["gemma2-9b"] == ["google/gemma-2-9b", "gemma2", "9,241.7M", "42"]
+    assert {name: row[-2] for name, row in rows.items()} == {
+        "microcosm": "1.4M", "llama2-7b": "6,738.4M", "llama2-13b": "13,015.9M",
+        "llama3-8b": "8,030.3M", "llama3.1-8b": "8,030.3M", "llama3.2-1b": "1,235.8M",
+        "llama3.2-3b": "3,212.7M", "mistral-7b-v0.1": "7,241.7M", "mistral-7b-v0.3": "7,248.0M",
+        "gemma2-2b": "2,614.3M", "gemma2-9b": "9,241.7M", "roberta-base": "124.6M",
+        "roberta-large": "355.4M", "smollm2-135m": "134.5M", "smollm2-135m-instruct": "134.5M",
+        "smollm2-360m": "361.8M", "smollm2-1.7b": "1,711.4M"}
+    assert process.stdout.rstrip().endswith("model_type llama, mistral, gemma2, roberta")
+
+
+def test_a_classifier_refuses_texts_padded_on_the_left():
+    """Its class is read off the first token, which is padding there."""
+    model = tiny_roberta()
+    batch = tiny_texts((9, 5), model.config)
+    model.loss(**batch)
+    flipped = {"input_ids": batch["input_ids"].flip(1), "labels": batch["labels"],
+               "attention_mask": batch["attention_mask"].flip(1)}
+    with pytest.raises(ValueError, match="padded on the right"):
+        model.loss(**flipped)
 
 
 def test_sliding_window(folder):

@@ -206,7 +206,7 @@ def test_an_epoch_visits_every_example_once_in_batches_of_similar_length(n, size
         assert firsts != sorted(firsts, reverse=True)  # lengths come mixed, not as a curriculum
 
 
-def test_hub_datasets_are_asked_for_by_repository_and_file(monkeypatch, tmp_path):
+def test_hub_datasets_are_asked_for_by_repository_and_file(monkeypatch, tmp_path, capsys):
     asked = []
 
     def hub(repo, filename, repo_type="model"):
@@ -217,5 +217,6 @@ def test_hub_datasets_are_asked_for_by_repository_and_file(monkeypatch, tmp_path
     monkeypatch.setattr(data, "hub_download", hub)
     for name, (place, *_) in data.SOURCES.items():
         assert isinstance(place, Path) or len(data.read_rows(name)) == len(ROWS)
+    assert f"has {len(ROWS)} rows, and glue:rte/train as published 2,490" in capsys.readouterr().out
     assert ("meta-math/MetaMathQA", "MetaMathQA-395K.json", "dataset") in asked
     assert ("nyu-mll/glue", "mnli/validation_mismatched-00000-of-00001.parquet", "dataset") in asked

@@ -115,11 +115,16 @@ def test_which_file_of_a_folder_stands_for_a_split(tmp_path):
     matched, other = (f"glue:mnli/validation_{x}" for x in ("matched", "mismatched"))
     assert data.in_folder(tmp_path, matched).name == "dev_matched.tsv"
     assert data.in_folder(tmp_path, other).name == "dev_mismatched.tsv"
+    tsv(tmp_path, "validation_matched.tsv", "x")
+    assert data.in_folder(tmp_path, matched).name == "validation_matched.tsv"
     hub = "validation_matched-00000-of-00001.parquet"
     (tmp_path / hub).touch()
     assert data.in_folder(tmp_path, matched).name == hub
     with pytest.raises(UserError, match=r"holds no train file: .*train\.tsv"):
         data.in_folder(tmp_path, "glue:mnli/train")
+    assert data.is_local(str(tmp_path)) and not data.is_local("glue:mnli/train")
+    with pytest.raises(UserError, match="no such file"):
+        data.read_rows(str(tmp_path))  # for which split?
 
 
 @pytest.mark.parametrize("value, classes", [
@@ -129,6 +134,32 @@ def test_which_file_of_a_folder_stands_for_a_split(tmp_path):
 def test_what_is_no_label_is_refused(value, classes):
     with pytest.raises(UserError, match="file:7"):
         data.label_of(data.Row({"label": value}, "file:7"), classes)
+
+
+def test_classes_have_the_names_and_numbers_of_the_hub():
+    """Which a saved head carries into its config.json."""
+    assert {name: data.TASKS[f"glue:{name}"].classes for name in data.GLUE} == {
+        "cola": ("unacceptable", "acceptable"), "sst2": ("negative", "positive"),
+        "mrpc": ("not_equivalent", "equivalent"), "stsb": ("similarity",),
+        "qqp": ("not_duplicate", "duplicate"), "qnli": ("entailment", "not_entailment"),
+        "mnli": ("entailment", "neutral", "contradiction"),
+        "rte": ("entailment", "not_entailment")}
+
+
+def test_a_mark_of_byte_order_and_spaces_of_the_first_cell(tmp_path):
+    (tmp_path / "dev.tsv").write_bytes(b"\xef\xbb\xbfsentence\tlabel\n a gem\t1\n\t0\n")
+    rows = data.read_rows(str(tmp_path), "glue:sst2/validation")
+    assert [r.fields for r in rows] == [{"sentence": " a gem", "label": "1"},
+                                        {"sentence": "", "label": "0"}]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "holds no rows"), (b"sentence\tlabel\n", "holds no rows"),
+    (b"a\xff\n", "train.tsv: not readable")])
+def test_a_bad_tsv_is_one_line_that_names_it(tmp_path, content, words):
+    (tmp_path / "train.tsv").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        data.read_rows(str(tmp_path), "glue:sst2/train")
 
 
 def test_published_rows_are_glues_own():
@@ -157,6 +188,39 @@ def test_texts_and_pairs_are_cut_as_transformers_cuts_them(tokenizers, a, b, len
     assert ids == theirs(*pair, truncation=True, max_length=length)["input_ids"][0]
     assert ids[0] == 0 and ids[-1] == 2 and len(ids) <= length
     assert cut == (len(theirs(*pair)["input_ids"][0]) > length)
+
+
+def test_a_training_set_is_cut_counted_and_known_by_texts_and_labels(tokenizers):
+    """A resumed run must tell other labels from its own."""
+    task = data.TASKS["glue:sst2"]
+
+    def made(last, length=64):
+        rows = [data.Row({"sentence": "the plot is dull", "label": 0}, ""),
+                data.Row({"sentence": "dull " * 30, "label": last}, "")]
+        return data.training_set(rows, tokenizers[0], 9, length, 0, task)
+
+    short = made(1, 8)
+    assert short.cut == 1 and max(len(e.ids) for e in short.examples) == 8 and short.dropped == 0
+    assert made(1).cut == 0 and {e.label for e in made(1).examples} == {0, 1}
+    assert made(1).sha256 == short.sha256 != made(0).sha256
+
+
+def test_columns_that_a_task_uses():
+    def used(task, *names):
+        return data.columns(data.Row(dict.fromkeys(names, "x"), ""), data.TASKS[task])
+    assert used("glue:mnli", "index", "sentence1", "sentence2", "gold_label") == [
+        "sentence1", "sentence2", "gold_label"]
+    assert used("math", "instruction", "input", "output") == ["instruction", "input", "output"]
+    assert used("math", "question", "answer") == ["question", "answer"]
+
+
+@pytest.mark.parametrize("texts, least", [(["abc d"], 2), (["abc d", "ef g"], 4)])
+def test_no_room_for_the_marks_is_refused(tokenizers, texts, least):
+    """The tokenizers library would hand back the whole text, uncut."""
+    ids, cut = tokenizers[0].encode_texts(texts, least)
+    assert len(ids) == least and cut
+    with pytest.raises(UserError, match=f"--max-length {least - 1}: .* needs {least} tokens"):
+        tokenizers[0].encode_texts(texts, least - 1)
 
 
 def test_a_tokenizer_without_a_first_token_is_refused(home, tmp_path):
@@ -200,8 +264,11 @@ def test_metrics_by_hand_and_by_scipy():
     x, y = ([draw.gauss(0, 1) for _ in range(50)] for _ in range(2))
     assert B.pearson(records(x, y)) == pytest.approx(100 * scipy.stats.pearsonr(x, y)[0])
     assert B.pearson(records(x, [3 * v - 1 for v in x])) == pytest.approx(100)
-    assert {n: B.BENCHMARKS[n].metric for n in ("cola", "stsb", "rte")} == {
-        "cola": B.matthews, "stsb": B.pearson, "rte": B.accuracy}
+    rows = {n: b for n, b in B.BENCHMARKS.items() if b.protocol == "classify"}
+    assert {n: b.metric for n, b in rows.items() if b.metric is not B.accuracy} == {
+        "cola": B.matthews, "stsb": B.pearson}
+    assert len(rows) == 9 and rows["mnli"].source == "glue:mnli/validation_matched"
+    assert rows["mnli-mm"].source == "glue:mnli/validation_mismatched"
 
 
 def test_constant_predictions(capsys):
@@ -209,7 +276,8 @@ def test_constant_predictions(capsys):
     assert B.matthews(records([1, 1, 1], [0, 1, 1])) == 0
     assert math.isnan(B.pearson(records([2.0, 2.0], [1.0, 3.0])))
     assert E.score_of("stsb", records([2.0, 2.0], [1.0, 3.0])) is None
-    assert "stsb: all predictions are equal" in capsys.readouterr().out
+    assert E.score_of("stsb", records([2.0, 3.0], [1.0, 1.0])) is None  # as where --limit is small
+    assert capsys.readouterr().out.count("stsb: all predictions or all labels are equal") == 2
     result = {"model": "x", "task": "glue:stsb", "method": "lora",
               "benchmarks": {"stsb": {"score": None, "n": 2}}}
     result["summary"] = E.summarise(result, None, None)
@@ -222,6 +290,51 @@ def test_best_and_last_epoch():
     assert list(E.best_and_last(epochs)) == [
         "a: last epoch 60.00, best epoch 70.00 (number 2 of 3, chosen on the set it is scored on)"]
     assert list(E.best_and_last([])) == []
+    assert list(E.best_and_last([{"a": -1.0}, {"a": None}])) == [
+        "a: last epoch undefined, best epoch -1.00 (number 1 of 2, chosen on the set it is scored "
+        "on)"]
+    assert E.epoch_scores(Path("nowhere")) == []
+
+
+def test_scores_of_a_text_do_not_depend_on_its_batch(home):
+    """Nor on the dropout of a model in training; a text beyond the positions is cut."""
+    for classes in (("negative", "positive"), ("similarity",)):
+        model = C.load(home / "model", device="cpu", labels=classes, seed=3)
+        asked = [E.Question([text], 1) for text in ("a dull plot", "vivid", "moving " * 600)]
+        evaluator = E.Evaluator(model.train(), C.Tokenizer(home / "model", model.config))
+        together = E.classify(evaluator, "sst2", asked)
+        assert model.training
+        for q, record in zip(asked, together, strict=True):
+            alone = E.classify(evaluator, "sst2", [q])[0]
+            assert record["scores"] == pytest.approx(alone["scores"], abs=1e-6)
+            assert len(record["scores"]) == len(classes) and record["prompt"] == q.prompt
+            best = max(range(len(classes)), key=lambda i, s=record["scores"]: s[i])
+            assert record["predicted"] == (record["scores"][0] if len(classes) == 1 else best)
+    gold = [E.Question(["vivid"], label) for label in (0.0, 5.0, -5.0)]
+    assert not any(r["correct"] for r in E.classify(evaluator, "stsb", gold))
+
+
+def test_questions_are_beside_the_training_data_of_the_same_task_alone(tmp_path):
+    def where(task, data_place, benchmark):
+        s = S.Settings(model="x", task=task, data=str(data_place))
+        return E.own_source(E.Target(tmp_path, tmp_path, s, {}), benchmark)
+    (tmp_path / "train.tsv").touch()
+    assert where("glue:sst2", tmp_path, "sst2") == str(tmp_path)
+    assert where("glue:sst2", tmp_path / "train.tsv", "sst2") == "glue:sst2/validation"
+    assert where("math", tmp_path, "nq_open") == "nq_open"
+    assert E.own_source(E.Target(tmp_path, None, None, {}), "rte") == "glue:rte/validation"
+
+
+@pytest.mark.parametrize("name, predicted, gold, words", [
+    ("sst2", [0, 1, 1], [0, 0, 1], "sst2     2 of 3 right ("),
+    ("cola", [0, 1, 1], [0, 1, 0], "cola     Matthews' correlation 50.00 over 3 ("),
+    ("stsb", [1.0, 1.0], [0.0, 5.0], "stsb     undefined over 2 (")])
+def test_a_benchmark_is_one_line(name, predicted, gold, words, monkeypatch, capsys):
+    monkeypatch.setattr(E.Evaluator, "ask", lambda *_: records(predicted, gold))
+    asked = [E.Question(["x"], g) for g in gold]
+    found, _ = E.run_benchmark(E.Evaluator(None, None), name, [], asked)
+    assert words in capsys.readouterr().out
+    assert ("correct" in found) == (name == "sst2")
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -331,11 +444,22 @@ def test_bad_input_of_a_classifier(home, flags, words):
     assert not Path("runs").exists()
 
 
+def test_a_bad_label_of_the_validation_set_is_found_before_a_run_begins(home, tmp_path):
+    folder = tsv(tmp_path / "set", "train.tsv", "sentence\tlabel", "a\t1", "b\t0")
+    tsv(folder, "dev.tsv", "sentence\tlabel", "a\t1", "b\t7")
+    with pytest.raises(UserError, match=r"dev\.tsv:3: the label '7' is none of 0, 1, negative"):
+        train.main(["--model", str(home / "model"), "--task", "glue:sst2", "--data", str(folder),
+                    "--method", "lora", *FLAGS])
+    assert not Path("runs").exists()
+
+
 def test_a_decoder_has_no_glue_task():
     with pytest.raises(UserError, match="glue:rte is not for a llama model"):
         train.main(["--model", "microcosm", "--task", "glue:rte"])
     with pytest.raises(UserError, match="glue:rte is not for a llama model"):
         E.main(["microcosm", "--task", "glue:rte"])
+    with pytest.raises(UserError, match="--benchmarks rte: microcosm is for microcosm, whose are"):
+        E.main(["microcosm", "--benchmarks", "rte"])
 
 
 def test_an_untrained_head_is_not_scored(home):

@@ -76,6 +76,45 @@ def test_steps():
     assert planned("--model", "llama2-7b", "--steps", "7").steps == 7
 
 
+def test_the_table_of_the_papers_models_is_the_papers_where_ranks_can_give_its_numbers():
+    """LoRA's column at R = 128 is exact; "!" marks the #Params that no shallow ranks give."""
+    header, _, *lines = (line[2:-2].split(" | ") for line in P.paper_table())
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    assert {r["model"]: r["LoRA 128"] for r in rows if r["model"] != "roberta-base"} == {
+        "llama2-7b": "319.82", "mistral-7b-v0.3": "335.54", "llama3-8b": "335.54",
+        "llama2-13b": "500.70", "gemma2-9b": "432.14"}
+    assert {r["task"]: r["LoRA 128"] for r in rows if r["model"] == "roberta-base"} == {
+        "GLUE, six linears": "21.23", "GLUE, four linears": "12.98"}
+    assert {(r["model"], r["task"], column, r[column].rpartition("; ")[2]) for r in rows
+            for column in ("FARSS 128", "FARSS at it") if "!" in r[column]} == {
+        ("mistral-7b-v0.3", "math", "FARSS at it", "336!)"),
+        ("mistral-7b-v0.3", "code", "FARSS at it", "336!)"),
+        ("mistral-7b-v0.3", "instruction", "FARSS 128", "300!)"),
+        ("mistral-7b-v0.3", "instruction", "FARSS at it", "336!)"),
+        ("roberta-base", "GLUE, six linears", "FARSS 128", "10!)")}
+    assert len(rows) == 15 and rows[0] == {
+        "model": "llama2-7b", "parameters": "6,738M", "task": "math",
+        "shallow of blocks": "7 of 32", "LoRA 128": "319.82", "matched R": "153",
+        "FARSS 128": "277.2 (250.4..284.8; 271)", "FARSS at it": "326.0 (299.2..333.6; 320)"}
+    assert rows[-1]["shallow of blocks"] == "6 of 12" and rows[-1]["FARSS at it"] == "-"
+
+
+def test_the_plan_of_a_classifier(capsys):
+    """The head trains besides, in full; layers called dense are told apart; no logits of words."""
+    train.main(["--model", "roberta-base", "--task", "glue:rte", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "and the classification head, 0.6M, in full" in out and "logits" not in out
+    assert "shallow attention.output.dense" in out and "deep output.dense" in out
+    plan = planned("--model", "roberta-base", "--task", "glue:rte")
+    assert plan.head == 768 * 768 + 768 + 2 * 768 + 2
+    assert plan.training["trained, with AdamW"] == 16 * (plan.bounds[1] + plan.head)
+    shared = 3 * 768**2 + 3072**2  # what q, k, v read; the two other inputs of width d; f
+    outputs = 5 * 768**2 + 3072**2
+    assert plan.initialisation["factors of a block"] == 4 * (shared + outputs)
+    full = planned("--model", "roberta-base", "--task", "glue:rte", "--method", "full")
+    assert full.head == 0 and full.training["trained, with AdamW"] == 16 * full.parameters
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_plan_counts_what_the_run_then_trains(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
@@ -185,6 +224,12 @@ def test_plan_of_the_papers_run_needs_no_weights(capsys, tmp_path, monkeypatch):
     assert "R = 128" in out and "6,250 of 16" in out and "188 of them warm-up" in out
     assert "277.2M if every shallow rank were r_avg" in out and "the paper prints 271M" in out
     assert "LoRA of rank 128: 319.8M" in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["roberta-large", "llama3.2-1b"])
+def test_what_the_paper_prints_of_one_model_is_not_said_of_another(capsys, model):
+    task = "math" if model == "llama3.2-1b" else "glue:rte"
+    assert "paper prints" not in shown(capsys, "--model", model, "--task", task)
 
 
 @pytest.mark.parametrize("argv, says", [

@@ -208,3 +208,12 @@ def test_the_presets_rates_are_the_best_of_the_stored_results():
              "task_score": float(r["task_score"])} for r in sweep.read_csv(REPO / "microcosm")]
     for method, lr in S.preset("microcosm", "microcosm").settings["lr"].items():
         assert lr == sweep.best_rate(rows, method)
+
+
+def test_a_task_without_knowledge_benchmarks_is_refused_before_anything_runs(tmp_path, monkeypatch,
+                                                                             capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(["--model", "roberta-base", "--lrs", "1e-3", "--", "--task", "glue:rte"])
+    assert stop.value.code == 2 and not Path("runs").exists()
+    assert "--task glue:rte: a sweep weighs T against K" in capsys.readouterr().err
