@@ -417,13 +417,12 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
         shallow=whole_blocks(7 / 32 if s.shallow is None else s.shallow, config),
         targets=",".join(sets.get(s.targets or next(iter(sets)), [s.targets])),
         data=s.data or data.TASKS[s.task].source)
+    check(s, config)
     if s.match_params:
         if "rank" in flags:
             raise UserError("--match-params chooses the rank; give no --rank")
         s = replace(s, rank=matched_rank(s, config))
-    s = replace(s, alpha=float(s.rank if s.alpha is None else s.alpha))
-    check(s, config)
-    return s, config
+    return replace(s, alpha=float(s.rank if s.alpha is None else s.alpha)), config
 
 
 def whole_blocks(shallow: float, config: Config) -> int:
