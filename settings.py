@@ -434,11 +434,11 @@ def matched_rank(s: Settings, config: Config) -> int:
     """R for which the trainable numbers come nearest to s.match_params, the shallow ranks r_avg."""
     shapes = {n: m_n for n, m_n in linear_shapes(empty(config), s.target_names).items()
               if not s.is_frozen(n, config.num_hidden_layers)}
-    sizes = {n: m + n_ for n, (m, n_) in shapes.items()}
+    sizes = {name: s.how.per_rank(m, n) for name, (m, n) in shapes.items()}
     found = re.fullmatch(r"lora:(\d+)|(\d+(?:\.\d+)?)([kM]?)", s.match_params)
     if not found:
         raise UserError(f"--match-params {s.match_params}: write 320M, 500k, or lora:128")
-    wanted = (int(found[1]) * sum(sizes.values()) if found[1] else
+    wanted = (int(found[1]) * sum(m + n for m, n in shapes.values()) if found[1] else
               float(found[2]) * {"k": 1e3, "M": 1e6, "": 1}[found[3]])
     adaptive = {n for n in sizes if s.how.adaptive and s.budget.is_shallow(n)}
     left = wanted - s.r_avg * sum(sizes[n] for n in adaptive)
