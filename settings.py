@@ -142,8 +142,9 @@ class Settings:
     @property
     def budget(self) -> farss.Budget:
         """The ranks and ends; ValueError for impossible ones."""
+        official = self.official and self.how.end == Method.end  # not a variant's own end
         return farss.Budget(self.shallow if self.how.adaptive else 0, self.rank, self.r_avg,
-                            self.r_min, self.r_max, "rank" if self.official else self.how.end)
+                            self.r_min, self.r_max, "rank" if official else self.how.end)
 
     def is_frozen(self, name: str, blocks: int) -> bool:
         """Whether a parameter or layer stands in the third of the blocks that does not train."""
