@@ -246,6 +246,10 @@ class Method:
     diagonal: bool = False  # whether a d (r,) trains between B and A
     penalty: Callable[[nn.Module, float, float], Tensor] | None = None  # (model, β, γ): to the loss
 
+    def per_rank(self, m: int, n: int) -> int:
+        """Trainable numbers of a layer (m, n) for each of its ranks."""
+        return n * ("A" not in self.frozen) + m * ("B" not in self.frozen) + self.diagonal
+
 
 METHODS = {
     "farss": Method("the paper's method", needs="fisher", adaptive=True),

@@ -138,13 +138,8 @@ def is_shallow(s: Settings, name: str) -> bool:
 def adapter_parameters(s: Settings, shapes: Shapes, shallow_rank: float) -> float:
     """Σ r (m + n) if every layer of adaptive rank had `shallow_rank`; min(m, n) is the most. KaSA
     has r numbers more a layer, and what a method freezes does not count."""
-    return sum(min(shallow_rank if is_shallow(s, name) else s.rank, m, n) * per_rank(s, m, n)
+    return sum(min(shallow_rank if is_shallow(s, name) else s.rank, m, n) * s.how.per_rank(m, n)
                for name, (m, n) in shapes.items())
-
-
-def per_rank(s: Settings, m: int, n: int) -> int:
-    """Trainable numbers of a layer (m, n) for each of its ranks."""
-    return n * ("A" not in s.how.frozen) + m * ("B" not in s.how.frozen) + s.how.diagonal
 
 
 def adapted_shapes(s: Settings, config: Config) -> Shapes:
@@ -170,7 +165,7 @@ def layer_groups(s: Settings, shapes: Shapes) -> list[Group]:
         m, n = shapes[names[0]]
         low, high = (s.r_min, s.r_max) if depth == "shallow" else (s.rank, s.rank)
         groups.append(Group(depth, leaf, len(names), (m, n), (min(low, m, n), min(high, m, n)),
-                            per_rank(s, m, n)))
+                            s.how.per_rank(m, n)))
     return groups
 
 

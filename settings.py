@@ -143,8 +143,9 @@ class Settings:
     @property
     def budget(self) -> farss.Budget:
         """The ranks and ends; ValueError for impossible ones."""
+        official = self.official and self.how.end == Method.end  # not a variant's own end
         return farss.Budget(self.shallow if self.how.adaptive else 0, self.rank, self.r_avg,
-                            self.r_min, self.r_max, "rank" if self.official else self.how.end)
+                            self.r_min, self.r_max, "rank" if official else self.how.end)
 
     def is_frozen(self, name: str, blocks: int) -> bool:
         """Whether a parameter or layer stands in the third of the blocks that does not train."""
@@ -439,13 +440,12 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
         shallow=whole_blocks(7 / 32 if s.shallow is None else s.shallow, config),
         targets=",".join(sets.get(s.targets or next(iter(sets)), [s.targets])),
         data=s.data or data.TASKS[s.task].source)
+    check(s, config)
     if s.match_params:
         if "rank" in flags:
             raise UserError("--match-params chooses the rank; give no --rank")
         s = replace(s, rank=matched_rank(s, config))
-    s = replace(s, alpha=float(s.rank if s.alpha is None else s.alpha))
-    check(s, config)
-    return s, config
+    return replace(s, alpha=float(s.rank if s.alpha is None else s.alpha)), config
 
 
 def whole_blocks(shallow: float, config: Config) -> int:
@@ -457,11 +457,11 @@ def matched_rank(s: Settings, config: Config) -> int:
     """R for which the trainable numbers come nearest to s.match_params, the shallow ranks r_avg."""
     shapes = {n: m_n for n, m_n in linear_shapes(empty(config), s.target_names).items()
               if not s.is_frozen(n, config.num_hidden_layers)}
-    sizes = {n: m + n_ for n, (m, n_) in shapes.items()}
+    sizes = {name: s.how.per_rank(m, n) for name, (m, n) in shapes.items()}
     found = re.fullmatch(r"lora:(\d+)|(\d+(?:\.\d+)?)([kM]?)", s.match_params)
     if not found:
         raise UserError(f"--match-params {s.match_params}: write 320M, 500k, or lora:128")
-    wanted = (int(found[1]) * sum(sizes.values()) if found[1] else
+    wanted = (int(found[1]) * sum(m + n for m, n in shapes.values()) if found[1] else
               float(found[2]) * {"k": 1e3, "M": 1e6, "": 1}[found[3]])
     adaptive = {n for n in sizes if s.how.adaptive and s.budget.is_shallow(n)}
     left = wanted - s.r_avg * sum(sizes[n] for n in adaptive)

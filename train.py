@@ -133,9 +133,10 @@ def calibration_batches(s: Settings, examples: list[data.Example]) -> list[dict[
 def pad_and_count(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     """The batch padded to `length` tokens, all of them real by the mask."""
     missing = length - batch["input_ids"].shape[1]
-    padded = {"input_ids": nn.functional.pad(batch["input_ids"], (0, missing)),
-              "labels": nn.functional.pad(batch["labels"], (0, missing), value=M.IGNORE)}
-    return padded | {"attention_mask": torch.ones_like(padded["input_ids"])}
+    ids, labels = nn.functional.pad(batch["input_ids"], (0, missing)), batch["labels"]
+    if labels.ndim == 2:  # a classifier has one a sequence
+        labels = nn.functional.pad(labels, (0, missing), value=M.IGNORE)
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
 def calibration_set(s: Settings, examples: list[data.Example], tokenizer: checkpoint.Tokenizer

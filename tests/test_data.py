@@ -220,3 +220,26 @@ def test_hub_datasets_are_asked_for_by_repository_and_file(monkeypatch, tmp_path
     assert f"has {len(ROWS)} rows, and glue:rte/train as published 2,490" in capsys.readouterr().out
     assert ("meta-math/MetaMathQA", "MetaMathQA-395K.json", "dataset") in asked
     assert ("nyu-mll/glue", "mnli/validation_mismatched-00000-of-00001.parquet", "dataset") in asked
+
+
+def test_running_text_is_pieces_of_the_questions_from_random_places(tokenizer):
+    """Byte tokens: every piece is BOS and so many letters of the one text, all of them labelled
+    but BOS, and which ones the seed decides."""
+    rows = [data.Row({"question": f"who was number {i}?", "answer": "secret"}, f"{i}")
+            for i in range(90)]
+    whole = "\n\n".join(f"who was number {i}?" for i in range(90))
+    pieces = data.running_text(rows, tokenizer, 20, 33, seed=4)
+    assert len(pieces) == 20 and {len(e.ids) for e in pieces} == {33}
+    texts = [tokenizer.decode(e.ids) for e in pieces]
+    assert all(text in whole and len(text) == 32 for text in texts) and len(set(texts)) > 10
+    labels = data.collate(pieces)["labels"]
+    assert (labels[:, 0] == M.IGNORE).all() and (labels[:, 1:] != M.IGNORE).all()
+    assert all(e.targets == 32 for e in pieces)
+    assert pieces == data.running_text(rows, tokenizer, 20, 33, seed=4)
+    assert pieces != data.running_text(rows, tokenizer, 20, 33, seed=5)
+
+
+def test_a_running_text_too_short_for_a_piece_is_its_own_piece(tokenizer):
+    rows = [data.Row({"question": q, "answer": "x"}, q) for q in ("who?", "when?")]
+    for piece in data.running_text(rows, tokenizer, 3, 50, seed=0):
+        assert tokenizer.decode(piece.ids) == "who?\n\nwhen?" and piece.ids[0] == 256

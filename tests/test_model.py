@@ -478,6 +478,69 @@ def test_lora_linear_formula(exact):
     close(x @ layer.merged_weight().T + bias, by_hand)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_diagonal_stands_between_a_and_b(exact):
+    torch.manual_seed(0)
+    W, A, B, bias, x = (torch.randn(s) for s in ((6, 5), (2, 5), (6, 2), (6,), (3, 4, 5)))
+    A0, B0, d = torch.randn(2, 5), torch.randn(6, 2), torch.tensor([2.0, -0.5])
+    layer = M.LoRALinear(W, A, B, 0.7, 0.0, bias, (A0, B0) if exact else None, d)
+    update = 0.7 * (B @ torch.diag(d) @ A - (B0 @ A0 if exact else 0))
+    close(layer(x), x @ (W + update).T + bias)
+    close(layer.merged_weight(), W + update)
+    layer(x).sum().backward()
+    close(layer.d.grad, 0.7 * (x @ A.T).sum((0, 1)) * B.sum(0))
+
+
+def starts_of_many_kinds(model):
+    """By layer: with and without a diagonal and something taken out of W; and unlike scalings."""
+    names = M.linear_names(model, ["q_proj", "up_proj"])
+    starts, scaling = {}, {}
+    for i, (name, (A, B)) in enumerate(random_adapters(model, ["q_proj", "up_proj"]).items()):
+        A0, B0 = A[:2] + 0.1, B[:, :2] - 0.1  # of another rank than the adapter
+        starts[name] = M.Start(A, B, *((A0, B0) if i % 2 else (None, None)),
+                               torch.randn(3) if i < 2 else None)
+        scaling[name] = 0.5 + i
+    assert len(names) == 4
+    return starts, scaling
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", ["split", "exact"])
+def test_starts_with_a_diagonal_and_scalings_by_layer_are_what_they_say_and_come_back(
+        residual, tmp_path):
+    model, plain = tiny_llama(num_hidden_layers=2), tiny_llama(num_hidden_layers=2)
+    starts, scaling = starts_of_many_kinds(model)
+    M.attach(model, starts, scaling, residual=residual)
+    for name, (A, B, A0, B0, d) in starts.items():
+        W, layer = plain.get_submodule(name).weight, model.get_submodule(name)
+        out = 0 if A0 is None else scaling[name] * B0 @ A0
+        close(layer.weight, W if residual == "exact" else W - out)
+        D = torch.eye(3) if d is None else torch.diag(d)
+        close(layer.merged_weight(), W - out + scaling[name] * B @ D @ A)
+        assert (layer.d is None) == (d is None) and (d is None or layer.d.requires_grad)
+    initial = {n: (x.A0, x.B0) for n, x in starts.items() if x.A0 is not None}
+    C.save_adapter(tmp_path / "a.safetensors", model, initial, residual)
+    again, ids = tiny_llama(num_hidden_layers=2), torch.arange(20)[None]
+    assert C.load_adapter(again, tmp_path / "a.safetensors").keys() == initial.keys()
+    equal(again(ids), model(ids))
+    assert {n: x.scaling for n, x in M.adapted_layers(again).items()} == scaling
+    M.merge(again)
+    close(again(ids), model(ids), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_with_exact_residual_dropout_leaves_the_start_alone_and_acts_on_the_difference():
+    torch.manual_seed(0)
+    W, A0, B0, x = torch.randn(6, 50), torch.randn(2, 50), torch.randn(6, 2), torch.randn(8, 50)
+    layer = M.LoRALinear(W, A0, B0, 0.7, 0.5, exact=(A0, B0))
+    close(layer(x), x @ W.T)
+    layer.A += 1
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.5)
+    torch.manual_seed(1)
+    close(layer(x), x @ W.T + 0.7 * dropped @ (B0 @ layer.A - B0 @ A0).T, rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_acts_on_the_adapter_alone_and_only_in_training():
     torch.manual_seed(0)
     W, A, B, x = torch.randn(6, 50), torch.randn(2, 50), torch.randn(6, 2), torch.randn(8, 50)

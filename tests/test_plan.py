@@ -11,7 +11,7 @@ import model as M
 import plan as P
 import settings as S
 import train
-from baselines import METHODS
+from baselines import METHODS, covariance_sweep
 
 
 def planned(*argv):
@@ -29,6 +29,22 @@ def test_uniform_ranks_have_the_papers_parameters(model, millions):
     plan = planned("--model", model, "--method", "lora")
     assert round(plan.trainable / 1e6, 1) == millions
     assert plan.bounds == (plan.trainable, plan.trainable) and plan.uniform == plan.trainable
+
+
+@pytest.mark.parametrize("model, millions, alone", [
+    ("llama2-7b", 319.8, 174.1), ("mistral-7b-v0.3", 335.5, 176.2), ("llama3-8b", 335.5, 176.2),
+    ("llama2-13b", 500.7, 272.6), ("gemma2-9b", 432.1, 236.7)])
+def test_every_method_of_one_rank_has_the_papers_parameters(model, millions, alone):
+    """But for KaSA's 128 numbers more a layer, and B alone of LoRA-Null v2 (128 Σ m by hand)."""
+    s, config = S.settle(S.training_arguments("", ["--model", model, "--task", "math",
+                                                   "--dry-run"]))
+    shapes = P.adapted_shapes(s, config)
+    assert len(shapes) == 7 * config.num_hidden_layers
+    for method, row in METHODS.items():
+        if row.trains == "adapters" and not row.adaptive:
+            count = P.adapter_parameters(S.replace(s, method=method), shapes, 1)
+            more = 128 * len(shapes) if method == "kasa" else 0
+            assert round((count - more) / 1e6, 1) == (alone if row.frozen else millions)
 
 
 @pytest.mark.parametrize("mean", [50, 38.7])
@@ -130,6 +146,21 @@ def test_the_plan_counts_what_the_run_then_trains(tmp_path, monkeypatch, method)
     assert plan.trainable == plan.bounds[0] == plan.bounds[1] == count
 
 
+@pytest.mark.parametrize("freeze", ["shallow-third", "deep-third"])
+@pytest.mark.parametrize("method", ["farss", "lora", "full"])
+def test_the_plan_leaves_out_what_is_frozen(tmp_path, monkeypatch, method, freeze):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("tiny")
+    s, config = S.settle(S.training_arguments("", [
+        "--model", "tiny", "--method", method, "--rank", "5", "--r-avg", "3", "--r-min", "3",
+        "--r-max", "3", "--shallow", "2", "--device", "cpu", "--freeze", freeze]))
+    model = C.load("tiny", device="cpu")
+    train.initialise(model, s, [data.Example([1, 2, 3, 4], 2)] * 3)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert P.make(s, config).trainable == count
+    assert P.make(S.replace(s, freeze=None), config).trainable > count
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
@@ -159,6 +190,19 @@ def test_factors_of_a_block_are_counted_once_where_they_are_shared():
         chosen = S.replace(s, targets=",".join(targets))
         parts = P.initialisation_memory(chosen, model.config, 0)
         assert parts["factors of a block"] == sum(held.values())
+
+
+def test_covariances_of_a_block_are_counted_once_where_they_are_shared():
+    """Against what the sweep yields, and the one block's inputs that it keeps."""
+    model, batch = tiny_llama(), tiny_batch([(3, 4)] * 2)
+    s = S.Settings(model="x", method="corda-kpm", dtype="float32", calibration_examples=2,
+                   max_length=7)
+    names = s.layers(model)
+    held = {t.data_ptr(): t.numel() * t.element_size()
+            for t in next(covariance_sweep(model, [batch], names)).values()}
+    parts = P.initialisation_memory(s, model.config, 0)
+    assert parts["covariances of a block"] == sum(held.values())
+    assert parts["kept inputs"] == model.enter(batch)[0].numel() * 4
 
 
 @pytest.mark.parametrize("method, dtype", [("full", "float32"), ("full", "bfloat16"),
@@ -215,6 +259,33 @@ def test_free_memory_of_the_cpu_is_positive_and_used_memory_grows():
 def shown(capsys, *argv):
     train.main([*argv, "--dry-run"])
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_plan_of_the_papers_run(capsys, method):
+    out = shown(capsys, "--model", "llama2-7b", "--task", "math", "--method", method)
+    assert f"plan: llama2-7b, math, {method}\n" in out and "6,250 of 16 examples" in out
+    row = METHODS[method]
+    assert ("shallow       7 of 32 blocks" in out) == row.adaptive
+    assert ("  initialisation" in out) == (row.needs != "nothing")
+    trainable = {"lora-null-v2": "174.1M", "full": "all 6,738.4M"}.get(method, "319.8M")
+    assert f"trainable     {trainable}" in out or row.adaptive  # KaSA's 28,672 are 0.03M more
+    assert ("dropout       0.05 falls on a part of W itself" in out) == row.splits
+
+
+@pytest.mark.parametrize("argv", [["--residual", "exact"], ["--dropout", "0"]])
+def test_dropout_on_w_is_said_where_it_falls_on_it(capsys, argv):
+    assert "falls on a part of W" not in shown(capsys, "--model", "llama2-7b", *argv)
+
+
+def test_ends_and_frozen_thirds_are_said(capsys):
+    out = shown(capsys, "--model", "llama2-7b", "--freeze", "deep-third")
+    assert "(1, 50, 64), lowest-scoring" in out and "R = 128, highest-scoring" in out
+    assert "frozen        the deep third of the blocks" in out
+    out = shown(capsys, "--model", "llama2-7b", "--method", "all-high")
+    assert "(1, 50, 64), highest-scoring" in out and "R = 128, highest-scoring" in out
+    out = shown(capsys, "--model", "llama2-7b", "--official", "--rank", "64")
+    assert "(1, 50, 64), lowest-scoring" in out and "R = 64, lowest-scoring" in out
 
 
 def test_plan_of_the_papers_run_needs_no_weights(capsys, tmp_path, monkeypatch):

@@ -89,6 +89,104 @@ def test_weights_that_are_trained_are_fp32():
         assert s.master_dtype == (torch.float32 if row.trains == "weights" else torch.bfloat16)
 
 
+# ------------------------------------------------------------------- flags that decide others
+
+
+@pytest.mark.parametrize("argv, wanted", [
+    (["--model", "llama2-7b", "--match-params", "lora:128"], 319815680),
+    (["--model", "llama2-7b", "--match-params", "320M"], 320e6),
+    (["--model", "llama2-7b", "--match-params", "300000000", "--method", "farss-init"], 3e8),
+    (["--match-params", "500k", "--lr", "1e-3"], 5e5),
+    (["--match-params", "400.5k", "--lr", "1e-3", "--method", "kasa"], 400.5e3),
+    (["--model", "llama2-7b", "--match-params", "lora:128", "--method", "lora-null-v2"], 319815680),
+])
+def test_matched_parameters_are_the_nearest_that_a_rank_gives(argv, wanted):
+    """A whole rank more or less is further away, by the plan's own count at r_avg."""
+    s, config = S.settle(S.training_arguments("", [*argv, "--dry-run"]))
+    shapes = P.adapted_shapes(s, config)
+    less, at, more = (abs(P.adapter_parameters(S.replace(s, rank=r), shapes, s.r_avg) - wanted)
+                      for r in (s.rank - 1, s.rank, s.rank + 1))
+    assert at < less and at < more and s.alpha == s.rank
+
+
+def test_matching_lora_counts_the_same_layers_of_it():
+    """Of the 21 of 32 blocks, all alike, that are not frozen: LoRA's R is its own rank, and that
+    of FARSS, with 50 in the first 7, (48 · 21 - 50 · 7) / 14 = 47."""
+    argv = ["--model", "llama2-7b", "--match-params", "lora:48", "--freeze", "deep-third"]
+    assert settled(*argv, "--method", "lora").rank == 48
+    assert settled(*argv).rank == 47 == settled(*argv).alpha
+    assert settled(*argv, "--alpha", "7").alpha == 7
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--match-params", "320X"], "320X: write 320M, 500k, or lora:128"),
+    (["--match-params", "lora:"], "lora:: write 320M"),
+    (["--match-params=-3M"], "write 320M"),
+    (["--match-params", "500k"], "500k: no rank R gives so few"),
+    (["--match-params", "320M", "--shallow", "32"], "no rank R gives so few"),
+    (["--match-params", "320M", "--rank", "128"], "chooses the rank; give no --rank"),
+    (["--match-params", "320M", "--r-avg", "70"], "r_avg 70"),
+    (["--match-params", "320M", "--targets", "wq"], "no linear layer is called wq"),
+])
+def test_what_cannot_be_matched_is_one_line(argv, says):
+    with pytest.raises(C.UserError) as error:
+        settled("--model", "llama2-7b", *argv)
+    assert says in str(error.value)
+
+
+def test_official_means_16_examples_10_warm_up_steps_and_batches_of_128_unless_given():
+    argv = ["--model", "llama2-7b", "--official"]
+    s, config = S.settle(S.training_arguments("", [*argv, "--dry-run"]))
+    assert (s.calibration_examples, s.warmup, s.batch_size) == (16, 10, 128)
+    plan = P.make(s, config)
+    assert (plan.steps, plan.warmup_steps) == (782, 10)
+    said = origins(S.training_arguments("", [*argv, "--batch-size", "16", "--dry-run"]))
+    assert any(line.startswith("  the official code: ") and "calibration examples 16" in line
+               and "warmup 10" in line and "batch size" not in line for line in said)
+    s = settled(*argv, "--warmup", "0.03", "--batch-size", "16", "--calibration-examples", "256")
+    assert (s.calibration_examples, s.warmup, s.batch_size) == (256, 0.03, 16)
+    s = settled("--model", "llama2-7b")
+    assert (s.calibration_examples, s.warmup, s.batch_size) == (256, 0.03, 16)
+
+
+@pytest.mark.parametrize("method, official, rank, ends", [
+    ("farss", False, 64, (True, False)), ("farss-init", False, 128, (True, True)),
+    ("farss-top", False, 64, (False, False)), ("all-high", False, 64, (False, False)),
+    ("farss", True, 127, (True, True)), ("farss", True, 128, (True, False)),
+    ("farss-init", True, 128, (True, True)), ("farss-top", True, 64, (False, False)),
+    ("all-high", True, 64, (False, False))])
+def test_ends_of_the_order_by_method(method, official, rank, ends):
+    """Lowest, in the first and last block: the official code decides FARSS's by r < 128, and a
+    variant keeps the one end that it is named after."""
+    s = S.Settings(model="x", method=method, official=official, rank=rank, shallow=3)
+    assert tuple(s.budget.lowest(f"layers.{i}.x") for i in (0, 31)) == ends
+    assert s.budget.shallow == (3 if method in ("farss", "all-high") else 0)
+
+
+@pytest.mark.parametrize("blocks, third", [(32, 11), (12, 4), (40, 13), (26, 9), (4, 1), (1, 0)])
+def test_a_third_of_the_blocks_is_frozen_and_nothing_outside_them(blocks, third):
+    s = S.Settings(model="x", freeze="shallow-third"), S.Settings(model="x", freeze="deep-third")
+    frozen = [[i for i in range(blocks) if x.is_frozen(f"model.layers.{i}.mlp.up_proj.A", blocks)]
+              for x in s]
+    assert frozen == [list(range(third)), list(range(blocks - third, blocks))]
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight",
+                 "classifier.dense.weight"):
+        assert not any(x.is_frozen(name, blocks) for x in s)
+    assert not S.Settings(model="x").is_frozen("model.layers.0.mlp.up_proj", blocks)
+
+
+@pytest.mark.parametrize("method, shown", [
+    ("lora", ()), ("pissa", ("residual",)), ("corda-kpm", ("residual", "calibration")),
+    ("kasa", ("kasa beta", "kasa gamma")), ("full", ()),
+    ("farss", ("residual", "calibration", "fisher", "r avg")),
+    ("farss-top", ("residual", "calibration", "fisher"))])
+def test_only_what_a_method_looks_at_is_listed(method, shown):
+    said = ", " + ", ".join(line.partition(": ")[2] for line in origins(S.training_arguments(
+        "", ["--model", "llama2-7b", "--method", method, "--dry-run"])))
+    for name in ("residual", "calibration", "fisher", "r avg", "kasa beta", "kasa gamma"):
+        assert (f", {name} " in said) == (name in shown), name
+
+
 # --------------------------------------------------------------------------- a method is a row
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_llama, write_checkpoint, write_data
+from tiny import tiny_llama, tiny_roberta, write_checkpoint, write_data
 
 import checkpoint as C
 import data
@@ -20,7 +20,7 @@ import model as M
 import plan
 import settings as S
 import train
-from baselines import METHODS
+from baselines import METHODS, covariance_sweep
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg", "3", "--r-max",
@@ -141,6 +141,203 @@ def test_full_fine_tuning_keeps_fp32_masters_under_bf16():
              zip(model.parameters(), before.parameters(), strict=True)]
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert sum(0 < m < 2e-5 for m in moved) > len(moved) * 0.9
+
+
+# ------------------------------------------------------------------------- dropout, frozen thirds
+
+
+@pytest.mark.parametrize("method", ["pissa", "farss"])
+def test_with_exact_residual_the_first_loss_is_the_base_models_in_spite_of_dropout(method):
+    """Dropout of one half on the difference, which is 0; in split mode on a part of W itself."""
+    losses = [one_step(settings(method=method, dropout=0.5, residual=residual))[1][0]
+              for residual in ("exact", "split")]
+    base = tiny_llama(1, torch.float64).loss(**data.collate(examples()))
+    loss = base[0].item() / base[1]
+    assert losses[0] == pytest.approx(loss, rel=1e-9)
+    assert abs(losses[1] - loss) > 0.01 * loss
+
+
+@pytest.mark.parametrize("method", ["pissa", "farss", "lora-null-v2", "full"])
+@pytest.mark.parametrize("freeze, frozen", [("shallow-third", {0}), ("deep-third", {3})])
+def test_nothing_in_the_frozen_third_changes_and_all_else_does(method, freeze, frozen):
+    """round(4 / 3) = 1 block; two steps of AdamW."""
+    s, before = settings(method=method, freeze=freeze, shallow=2), tiny_llama(1)
+    model = tiny_llama(1)
+    train.initialise(model, s, examples())
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = {n: p.detach().clone() for n, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1)
+    for _ in range(2):
+        train.train_step(model, examples(), s, optimizer, list(trained.values()))
+    assert all((p != start[n]).any() for n, p in trained.items())
+    if method == "full":
+        assert {n for n, _ in model.named_parameters()} - set(trained) == {
+            n for n, _ in before.named_parameters() if "layers" in n
+            and farss.block_index(n) in frozen}
+    else:
+        layers = M.adapted_layers(model)
+        assert {farss.block_index(n) for n in layers} == set(range(4)) - frozen
+        assert len(layers) == 21 and set(trained) == {
+            f"{n}.{x}" for n in layers for x in ("B" if method == "lora-null-v2" else "AB")}
+    for i in frozen:
+        for name, p in before.model.layers[i].named_parameters():
+            assert torch.equal(p, model.model.layers[i].get_parameter(name)), name
+
+
+# -------------------------------------------------------------------- FARSS, its variants, the data
+
+
+def started(**more):
+    """(report, adapted layers, model) of a start on the tiny model."""
+    model = tiny_llama(1)
+    _, report = train.initialise(model, settings(shallow=2, **more), examples())
+    return report["layers"], M.adapted_layers(model), model
+
+
+def by_score(model, s):
+    """{layer: (U, σ, Vᵀ) with the highest-scoring direction first}, from the plain factors."""
+    factors = farss.kfac_factors(model, train.calibration_batches(s, examples()), s.layers(model))
+    found = {}
+    for name, (h, delta) in factors.items():
+        U, S_, Vh = torch.linalg.svd(model.get_parameter(f"{name}.weight").detach(), False)
+        order = (S_**2 * (Vh @ h @ Vh.T).diag() * (U.T @ delta @ U).diag()).argsort().flip(0)
+        found[name] = U[:, order], S_[order], Vh[order]
+    return found
+
+
+@pytest.mark.parametrize("method, ranks, low", [
+    ("farss", "adaptive", (True, False)), ("farss-init", "R", (True, True)),
+    ("farss-top", "R", (False, False)), ("all-high", "adaptive", (False, False))])
+def test_a_variant_differs_from_farss_in_exactly_what_it_says(method, ranks, low):
+    """By rank and by end of the one order; (shallow, deep)."""
+    plain, _, _ = started(method="farss")
+    report, layers, _ = started(method=method)
+    scored = by_score(tiny_llama(1), settings())
+    assert list(report) == list(layers) and set(report) == set(scored)
+    for name, (U, S_, Vh) in scored.items():
+        shallow = farss.block_index(name) < 2
+        r = plain[name]["r"] if ranks == "adaptive" else 4
+        assert report[name]["r"] == len(layers[name].A) == r
+        assert report[name]["I"] == plain[name]["I"]
+        assert report[name]["shallow"] == (shallow and ranks == "adaptive")
+        at = slice(-r, None) if low[not shallow] else slice(r)
+        torch.testing.assert_close(layers[name].B @ layers[name].A, U[:, at] * S_[at] @ Vh[at],
+                                   rtol=1e-3, atol=1e-4)
+    assert len({x["r"] for n, x in plain.items() if farss.block_index(n) < 2}) > 1
+
+
+def test_equal_bounds_fix_the_shallow_ranks():
+    report, _, _ = started(r_min=3, r_avg=3, r_max=3)
+    assert {(farss.block_index(n) < 2, x["r"]) for n, x in report.items()} == {(True, 3),
+                                                                                (False, 4)}
+
+
+@pytest.mark.parametrize("method", ["farss", "corda-kpm"])
+def test_so_many_calibration_examples_are_drawn(method):
+    """Table 5 varies their number; fewer are another start, all of them the same as more."""
+    s = [settings(method=method, calibration_examples=n) for n in (2, 6, 99)]
+    drawn = [sum(len(b["input_ids"]) for b in train.calibration_batches(x, examples())) for x in s]
+    assert drawn == [2, 6, 6]
+    two, six, many = (started(method=method, calibration_examples=n)[1] for n in (2, 6, 99))
+    name = "model.layers.3.mlp.up_proj"
+    assert torch.equal(six[name].A, many[name].A)
+    assert not torch.allclose(two[name].A, six[name].A, atol=1e-3)
+
+
+def test_calibration_on_running_text(here, monkeypatch):
+    """NQ-Open's training questions, or a file's; of the training examples only where it is asked
+    for, or a method needs none."""
+    tokenizer = C.Tokenizer("tiny", C.config_of("tiny"))
+    asked = []
+    monkeypatch.setattr(data, "hub_download", lambda repo, file, **_: asked.append((repo, file))
+                        or Path("d/nq.jsonl"))
+    text = "capital of france\n\nwho wrote faust"
+    for where in ("nq-open", "d/nq.jsonl"):
+        found = train.calibration_set(settings(method="corda-kpm", task="math", calibration=where,
+                                               calibration_examples=5), examples(), tokenizer)
+        assert [tokenizer.decode(e.ids) for e in found] == [text] * 5
+        assert all(e.targets == len(e.ids) - 1 for e in found)
+    assert asked == [("google-research-datasets/nq_open",
+                      "nq_open/train-00000-of-00001.parquet")]
+    for more in (dict(method="corda-kpm"), dict(method="pissa", calibration="d/nq.jsonl")):
+        assert train.calibration_set(settings(task="math", **more), examples(), tokenizer
+                                     ) == examples()
+    with pytest.raises(C.UserError, match="a classifier has no loss on running text"):
+        train.calibration_set(settings(task="glue:sst2", calibration="nq-open"), [], tokenizer)
+
+
+def test_a_run_calibrates_on_the_file_it_is_told(here):
+    """Σ_h of FARSS and C of CorDA are other ones, while the training is on the same examples."""
+    for method in ("farss", "corda-kpm"):
+        for out, more in ((f"{method}-task", []), (f"{method}-text", ["--calibration",
+                                                                      "d/nq.jsonl"])):
+            train.main([*SMALL[:-1], "1", "--method", method, "--out", out, *more])
+        one, two = (C.load_tensors(f"{method}-{x}/adapter.safetensors")[0]
+                    for x in ("task", "text"))
+        name = "model.layers.3.mlp.up_proj.A0"
+        assert one[name].shape == two[name].shape and not torch.allclose(one[name], two[name])
+        told = [S.read_run(here / f"{method}-{x}")[1]["data_sha256"] for x in ("task", "text")]
+        assert told[0] == told[1]
+    with pytest.raises(C.UserError, match=r"none\.jsonl: no such file"):
+        train.main([*SMALL, "--out", "c", "--calibration", "none.jsonl"])
+
+
+# -------------------------------------------------------------------------- the official code
+
+
+def test_official_padding_is_counted():
+    """Every row is padded to --max-length and all of it real, in Σ_h and in C; no loss there."""
+    plain, official = settings(), settings(official=True, max_length=50)
+    batches = [train.calibration_batches(s, examples()) for s in (plain, official)]
+    for b in batches[1]:
+        assert b["input_ids"].shape[1] == 50 and b["attention_mask"].all()
+        assert b["attention_mask"].shape == b["labels"].shape == b["input_ids"].shape
+    ids, padded = (torch.cat([b["input_ids"].sum(1) for b in x]) for x in batches)
+    assert torch.equal(ids, padded)  # the same sequences and zeros
+    targets = [sum((b["labels"] != M.IGNORE).sum() for b in x) for x in batches]
+    assert targets[0] == targets[1] == sum(e.targets for e in examples())
+    model = tiny_llama(1, torch.float64)
+    name = "model.layers.0.mlp.up_proj"
+    found = [(farss.kfac_factors(model, x, [name])[name], next(covariance_sweep(model, x, [name])))
+             for x in batches]
+    (h, delta), (h2, delta2) = found[0][0], found[1][0]
+    tokens = sum(len(e.ids) for e in examples())
+    torch.testing.assert_close(delta2, delta * tokens / 300)  # δ is 0 there, N is 6 x 50
+    assert h2.trace() - h.trace() * tokens / 300 > 0.1 * h.trace()
+    assert found[1][1][name].trace() > 1.1 * found[0][1][name].trace()
+
+
+@pytest.mark.parametrize("method", ["farss", "corda-kpm"])
+def test_official_padding_of_a_classifier(method):
+    """Whose labels are one a text."""
+    s = settings(official=True, method=method, task="glue:mnli", max_length=24,
+                 targets="query,output.dense")
+    texts = [data.Example([0, 5, 6, 7, 2][: 5 - i] + [2] * i, 5, i) for i in range(3)]
+    for b in train.calibration_batches(s, texts):
+        assert sorted(b["labels"].tolist()) == [0, 1, 2]
+        assert b["input_ids"].shape == (3, 24) and b["attention_mask"].all()
+    train.initialise(tiny_roberta(), s, texts)
+
+
+def test_the_official_residual_keeps_minus_1_56_sigma_of_the_chosen_directions():
+    """α / r of each layer's own rank and no compensation: at r = 50, α = 128 W_res has
+    (1 - 128 / 50) σ in the shallow layers, and the function is still W's. R = 60 is below 128, so
+    deep layers have the lowest directions, too."""
+    wide = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+                num_hidden_layers=2)
+    s = settings(official=True, rank=60, alpha=128.0, r_min=50, r_avg=50, r_max=50, max_length=60)
+    model, plain = tiny_llama(1, **wide), tiny_llama(1, **wide)
+    initial, _ = train.initialise(model, s, examples())
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(model(ids), plain(ids), rtol=1e-3, atol=1e-3)
+    scored = by_score(plain, s)
+    for name, layer in M.adapted_layers(model).items():
+        r, left_over = (50, -1.56) if farss.block_index(name) == 0 else (60, 1 - 128 / 60)
+        assert layer.scaling == 128 / r and len(layer.A) == r
+        U, S_, Vh = scored[name][0][:, -r:], scored[name][1][-r:], scored[name][2][-r:]
+        left = (U.T @ layer.weight @ Vh.T).diag()
+        torch.testing.assert_close(left, left_over * S_, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(layer.B @ layer.A, U * S_ @ Vh, rtol=1e-3, atol=1e-3)
 
 
 # ----------------------------------------------------------------------------------------- runs
