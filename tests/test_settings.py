@@ -91,6 +91,16 @@ def test_where_each_setting_of_a_glue_run_comes_from():
         "  transformers' default: clip 1"]
 
 
+def test_a_row_of_the_model_goes_before_one_of_the_task_and_a_task_must_exist(monkeypatch):
+    monkeypatch.setitem(S.PRESETS, ("roberta-large", "glue:rte"), S.Preset(dict(lr=1e-3)))
+    assert S.preset("roberta-large", "glue:rte").settings == dict(lr=1e-3)
+    assert S.preset("roberta-base", "glue:rte") is S.GLUE and not S.preset("x", "math").settings
+    assert S.default_task("gemma2-9b") == "math"  # its rows are of tasks that are yet to come
+    args = S.training_arguments("", ["--model", "llama2-7b", "--device", "cpu"])
+    assert any(line.startswith("  chosen here: ") and line.endswith("dtype float32")
+               for line in origins(args))  # not A.2.1's bfloat16
+
+
 def test_presets_name_settings_and_models():
     names = {f.name for f in fields(S.Settings)}
     for (model, task), row in S.PRESETS.items():
