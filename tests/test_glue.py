@@ -411,6 +411,30 @@ def test_a_resumed_run_is_the_same_run(home, monkeypatch):
     assert E.epoch_scores(Path("cut")) == E.epoch_scores(Path("whole")) != []
 
 
+def test_a_run_on_a_file_that_ends_within_an_epoch(home, monkeypatch, capsys):
+    """It is validated after its last step, on the published set and never on what it trains on;
+    what does not go with its task is refused."""
+    asked = []
+
+    def hub(repo, file, repo_type):
+        asked.append(file)
+        return home / "SST-2" / "dev.tsv"
+
+    monkeypatch.setattr(data, "hub_download", hub)
+    train.main(["--model", str(home / "model"), "--task", "glue:sst2", "--data",
+                str(home / "SST-2" / "train.tsv"), "--method", "lora", "--steps", "3", "--seed",
+                "5", "--out", "run", *FLAGS])
+    assert "a new one, of seed 5" in capsys.readouterr().out
+    assert asked == ["sst2/validation-00000-of-00001.parquet"]
+    assert ["validation" in line for line in log_of(Path("run"))] == [False, False, True]
+    E.main(["run", "--device", "cpu"])
+    assert "sst2: last epoch " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--task goes with an untouched model; run has its own"):
+        E.main(["run", "--task", "glue:sst2"])
+    with pytest.raises(UserError, match="--benchmarks gsm8k: run is for glue:sst2, whose are sst2"):
+        E.main(["run", "--benchmarks", "gsm8k"])
+
+
 def test_full_fine_tuning_is_a_checkpoint_of_its_own(home):
     """Its model folder is read by transformers, and scored as it is."""
     train.main(["--model", str(home / "model"), "--task", "glue:sst2", "--data",

@@ -124,6 +124,7 @@ def test_the_plan_of_a_classifier(capsys):
     plan = planned("--model", "roberta-base", "--task", "glue:rte")
     assert plan.head == 768 * 768 + 768 + 2 * 768 + 2
     assert plan.training["trained, with AdamW"] == 16 * (plan.bounds[1] + plan.head)
+    assert planned("--model", "roberta-base", "--task", "glue:mnli").head == plan.head + 769
     shared = 3 * 768**2 + 3072**2  # what q, k, v read; the two other inputs of width d; f
     outputs = 5 * 768**2 + 3072**2
     assert plan.initialisation["factors of a block"] == 4 * (shared + outputs)

@@ -63,6 +63,44 @@ def test_a_model_of_the_paper_is_known_by_its_shape_whatever_its_name(tmp_path, 
     assert "  chosen here, 7/32 of the blocks: shallow 1 of 4 blocks" in origins(args)
 
 
+def test_where_each_setting_of_a_glue_run_comes_from():
+    """The paper's sections first; nothing that the method does not look at."""
+    def said(*flags):
+        return origins(S.training_arguments("", ["--model", "roberta-base", "--task", "glue:rte",
+                                                 "--dry-run", *flags]))
+    linears = "query,key,value,attention.output.dense,intermediate.dense,output.dense"
+    assert said("--seed", "3") == [
+        "settings of roberta-base, glue:rte, farss:",
+        "  the paper, 3.3: residual split",
+        "  the paper, 4.2: shallow 6 of 12 blocks, r min 1, r avg 50, r max 64, targets " + linears,
+        "  the paper, A.2.1: calibration 256",
+        "  the paper, A.4.1: rank 128, lr 0.0004, batch size 64, epochs 10, max length 512",
+        "  chosen here: alpha 128, fisher empirical, examples 400000, warmup 0.03, weight decay 0, "
+        "dropout 0, dtype float32",
+        "  the command line: seed 3",
+        "  transformers' default: clip 1"]
+    assert said("--method", "lora")[1:] == [
+        "  the paper, 4.2: targets " + linears,
+        "  the paper, A.4.1: rank 128, lr 0.0004, batch size 64, epochs 10, max length 512",
+        "  chosen here: alpha 128, examples 400000, warmup 0.03, weight decay 0, dropout 0, seed 0, "
+        "dtype float32",
+        "  transformers' default: clip 1"]
+    assert said("--method", "full")[1:] == [
+        "  the paper, A.4.1: lr 0.0004, batch size 64, epochs 10, max length 512",
+        "  chosen here: examples 400000, warmup 0.03, weight decay 0, seed 0, dtype float32",
+        "  transformers' default: clip 1"]
+
+
+def test_a_row_of_the_model_goes_before_one_of_the_task_and_a_task_must_exist(monkeypatch):
+    monkeypatch.setitem(S.PRESETS, ("roberta-large", "glue:rte"), S.Preset(dict(lr=1e-3)))
+    assert S.preset("roberta-large", "glue:rte").settings == dict(lr=1e-3)
+    assert S.preset("roberta-base", "glue:rte") is S.GLUE and not S.preset("x", "math").settings
+    assert S.default_task("gemma2-9b") == "math"  # its rows are of tasks that are yet to come
+    args = S.training_arguments("", ["--model", "llama2-7b", "--device", "cpu"])
+    assert any(line.startswith("  chosen here: ") and line.endswith("dtype float32")
+               for line in origins(args))  # not A.2.1's bfloat16
+
+
 def test_presets_name_settings_and_models():
     names = {f.name for f in fields(S.Settings)}
     for (model, task), row in S.PRESETS.items():
