@@ -586,13 +586,14 @@ def has_head(folder: str | Path, labels: tuple[str, ...]) -> bool:
 
 def load(name_or_path: str | Path, dtype: torch.dtype | None = None,
          device: str | torch.device | None = None, labels: tuple[str, ...] | None = None,
-         seed: int = 0) -> Model:
+         seed: int | None = 0) -> Model:
     """A pretrained model from a folder, a hub id or a short name, in eval mode.
 
     dtype None is fp32 on CPU, where bf16 products are many times slower, and bf16 elsewhere.
     Peak memory is the model plus one tensor. A RoBERTa gets a head for `labels` (None: those of
     its config.json): the stored one where it is of these, else a new one, drawn with `seed`, which
-    a line says. Raises UserError for anything wrong with the files, and where memory will not do.
+    a line says (seed None: load_adapter will bring one, and no line). Raises UserError for anything
+    wrong with the files, and where memory will not do.
     """
     device = pick_device(None if device is None else str(device))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -615,8 +616,10 @@ def load(name_or_path: str | Path, dtype: torch.dtype | None = None,
     check_memory(folder, sum(math.prod(s.shape) for s in wanted.values()), dtype, device)
     tensors = read_tensors(wanted, dtype, device)
     if head and rows is None:
-        print(f"{folder}: has no head for {', '.join(config.labels)}; a new one, of seed {seed}")
-        tensors |= {n: t.to(device, dtype) for n, t in new_head(config, seed).items()}
+        if seed is not None:
+            print(f"{folder}: has no head for {', '.join(config.labels)}; a new one, of seed "
+                  f"{seed}")
+        tensors |= {n: t.to(device, dtype) for n, t in new_head(config, seed or 0).items()}
     elif head and rows is not None:
         for name in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
             tensors[name] = tensors[name][rows]
@@ -897,7 +900,7 @@ if __name__ == "__main__":
 
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", required=True,
-                        help="print what is supported and how large it is")
+    parser.add_argument("--list", action="store_true",
+                        help="print what is supported and how large it is (so does no option)")
     parser.parse_args()
     print("\n".join(what_is_supported()))

@@ -182,11 +182,13 @@ ENDINGS = (".tsv", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
 def in_folder(folder: Path, source: str) -> Path:
     """The file of a folder that stands for a dataset: by its name on the hub, or its split's
-    (train, validation or, as in the original TSV files, dev) with any ending."""
+    (train, validation or, as in the original TSV files, dev) with any ending; what a task trains on
+    may be called train, whatever the hub calls it."""
     file = Path(SOURCES[source].file).name
     split = file.partition("-")[0]
-    names = [file, *(stem + end for stem in (split, split.replace("validation", "dev"))
-                     for end in ENDINGS)]
+    stems = [split, split.replace("validation", "dev")]
+    stems += ["train"] * (source in {task.source for task in TASKS.values()})
+    names = [file, *(stem + end for stem in dict.fromkeys(stems) for end in ENDINGS)]
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder}: holds no {split} file: {file}, or {names[-len(ENDINGS)]}, or "

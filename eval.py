@@ -370,7 +370,7 @@ def load_target(target: Target, dtype: str | None, device: str | None) -> M.Mode
     s, task = target.settings, data.TASKS[task_of(target.about)]
     name = dtype or (s.dtype if s else None)
     model = checkpoint.load(target.folder, DTYPES[name] if name else None, device,
-                            task.classes or None)
+                            task.classes or None, seed=None)  # a run brings its head
     if s and s.how.trains == "weights":
         target.about["trainable"] = sum(p.numel() for p in model.parameters())
     elif target.run:

@@ -201,7 +201,7 @@ class Preset(NamedTuple):
     grid: dict[str, tuple[float, ...]] | None = None  # learning rates of sweep.py, by method
 
 
-def paper_row(shallow: int, matched_rank: int, printed: tuple[int, int], source: str = "A.6"
+def from_paper(shallow: int, matched_rank: int, printed: tuple[int, int], source: str = "A.6"
               ) -> Preset:
     return Preset(dict(shallow=shallow), matched_rank, printed, source)
 
@@ -219,19 +219,19 @@ GLUE = Preset(
 
 # (model, task). A row for None holds for every model that has none of its own.
 PRESETS: dict[tuple[str | None, str], Preset] = {
-    ("llama2-7b", "math"): paper_row(7, 153, (271, 320), "4.2"),
-    ("llama2-7b", "code"): paper_row(5, 144, (285, 320), "4.2"),
-    ("llama2-7b", "instruction"): paper_row(5, 144, (285, 320), "4.2"),
-    ("mistral-7b-v0.3", "math"): paper_row(5, 152, (300, 336)),
-    ("mistral-7b-v0.3", "code"): paper_row(5, 152, (300, 336)),
-    ("mistral-7b-v0.3", "instruction"): paper_row(7, 144, (300, 336)),
-    ("llama3-8b", "math"): paper_row(9, 155, (276, 336)),
-    ("llama3-8b", "code"): paper_row(9, 155, (276, 336)),
-    ("llama2-13b", "math"): paper_row(11, 164, (400, 501)),
-    ("llama2-13b", "code"): paper_row(11, 155, (421, 501)),
-    ("llama2-13b", "instruction"): paper_row(11, 155, (400, 501), "A.6, for math and code"),
-    ("gemma2-9b", "code"): paper_row(11, 155, (363, 432)),
-    ("gemma2-9b", "instruction"): paper_row(11, 155, (363, 432)),
+    ("llama2-7b", "math"): from_paper(7, 153, (271, 320), "4.2"),
+    ("llama2-7b", "code"): from_paper(5, 144, (285, 320), "4.2"),
+    ("llama2-7b", "instruction"): from_paper(5, 144, (285, 320), "4.2"),
+    ("mistral-7b-v0.3", "math"): from_paper(5, 152, (300, 336)),
+    ("mistral-7b-v0.3", "code"): from_paper(5, 152, (300, 336)),
+    ("mistral-7b-v0.3", "instruction"): from_paper(7, 144, (300, 336)),
+    ("llama3-8b", "math"): from_paper(9, 155, (276, 336)),
+    ("llama3-8b", "code"): from_paper(9, 155, (276, 336)),
+    ("llama2-13b", "math"): from_paper(11, 164, (400, 501)),
+    ("llama2-13b", "code"): from_paper(11, 155, (421, 501)),
+    ("llama2-13b", "instruction"): from_paper(11, 155, (400, 501), "A.6, for math and code"),
+    ("gemma2-9b", "code"): from_paper(11, 155, (363, 432)),
+    ("gemma2-9b", "instruction"): from_paper(11, 155, (363, 432)),
     **{(None, f"glue:{name}"): GLUE for name in data.GLUE},
     # Not the paper's: the small default that needs no download.
     ("microcosm", "microcosm"): Preset(
@@ -289,7 +289,7 @@ def for_task(config: Config, task: str) -> Config:
     classes, encoder = data.TASKS[task].classes, FAMILIES[config.model_type].encoder
     if encoder != bool(classes):
         fit = [name for name, row in data.TASKS.items() if bool(row.classes) == encoder]
-        raise UserError(f"--task {task} is not for a {config.model_type} model; give one of "
+        raise UserError(f"{task} is no task for a {config.model_type} model; give --task, one of "
                         + ", ".join(fit))
     return replace(config, labels=classes) if encoder else config
 
@@ -308,13 +308,13 @@ def origins(s: Settings, config: Config, flags: dict[str, Any]) -> list[str]:
         () if s.how.needs == "fisher" else OF_FISHER) + (
         () if s.how.needs != "nothing" else OF_DATA) + (
         () if s.how.penalty else OF_PENALTY) + (
-        () if s.how.splits else ("residual",)) + (
+        () if s.how.splits or s.how.diagonal else ("residual",)) + (
         *MACHINE, "model", "task", "data", "method") + (
         () if s.how.trains == "adapters" else OF_ADAPTERS)
     said: dict[str, list[str]] = {}
     for f in fields(Settings):
         value = getattr(s, f.name)
-        if value is None or value is False or f.name in unused:
+        if value is None or value is False or f.name in unused or (s.steps and f.name == "epochs"):
             continue
         source = f.metadata["source"]
         if f.name in flags:
@@ -426,7 +426,7 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
     method = flags.get("method", Settings.method)
     row = {name: value for name, value in preset(known, task).settings.items()
            if name not in flags}
-    row |= {k: v for k, v in OFFICIAL.items() if flags.get("official") and k not in flags}
+    row |= OFFICIAL if flags.get("official") else {}
     for name, value in row.items():
         if isinstance(value, dict):
             if method not in value:

@@ -475,8 +475,9 @@ def main(argv: list[str] | None = None) -> None:
     if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
               "examples are longer")
-    calibration = calibration_set(s, chosen.examples, tokenizer)
-    if s.how.needs != "nothing" and len(calibration) < s.calibration_examples:
+    start_file = run / "checkpoint" / "init.safetensors"
+    calibration = [] if start_file.exists() else calibration_set(s, chosen.examples, tokenizer)
+    if s.how.needs != "nothing" and 0 < len(calibration) < s.calibration_examples:
         print(f"note: calibration on {len(calibration)} examples, not {s.calibration_examples}")
     if recorded and recorded["data_sha256"] != chosen.sha256:
         raise UserError(f"{s.data}: not the data that {run} was started with")
@@ -495,7 +496,6 @@ def main(argv: list[str] | None = None) -> None:
     (run / "checkpoint").mkdir(exist_ok=True)
 
     started = time.perf_counter()
-    start_file = run / "checkpoint" / "init.safetensors"
     if start_file.exists():
         initial = checkpoint.load_adapter(model, start_file, s.dropout)
         freeze(model, s)

@@ -456,7 +456,7 @@ def test_full_fine_tuning_is_a_checkpoint_of_its_own(home):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--task", "math"], "--task math is not for a roberta model; give one of glue:cola"),
+    (["--task", "math"], "math is no task for a roberta model; give --task, one of glue:cola"),
     (["--task", "glue:sst2", "--max-length", "513"], "positions for 512 tokens"),
     (["--task", "glue:sst2", "--targets", "q_proj"], "no linear layer is called q_proj; there are"),
     (["--task", "glue:sst2", "--targets", "classifier.dense"], "no linear layer"),
@@ -478,9 +478,9 @@ def test_a_bad_label_of_the_validation_set_is_found_before_a_run_begins(home, tm
 
 
 def test_a_decoder_has_no_glue_task():
-    with pytest.raises(UserError, match="glue:rte is not for a llama model"):
+    with pytest.raises(UserError, match="glue:rte is no task for a llama model"):
         train.main(["--model", "microcosm", "--task", "glue:rte"])
-    with pytest.raises(UserError, match="glue:rte is not for a llama model"):
+    with pytest.raises(UserError, match="glue:rte is no task for a llama model"):
         E.main(["microcosm", "--task", "glue:rte"])
     with pytest.raises(UserError, match="--benchmarks rte: microcosm is for microcosm, whose are"):
         E.main(["microcosm", "--benchmarks", "rte"])

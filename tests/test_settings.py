@@ -73,7 +73,7 @@ def test_where_each_setting_of_a_glue_run_comes_from():
         "settings of roberta-base, glue:rte, farss:",
         "  the paper, 3.3: residual split",
         "  the paper, 4.2: shallow 6 of 12 blocks, r min 1, r avg 50, r max 64, targets " + linears,
-        "  the paper, A.2.1: calibration 256",
+        "  the paper, A.2.1: calibration task, calibration examples 256",
         "  the paper, A.4.1: rank 128, lr 0.0004, batch size 64, epochs 10, max length 512",
         "  chosen here: alpha 128, fisher empirical, examples 400000, warmup 0.03, weight decay 0, "
         "dropout 0, dtype float32",
@@ -82,8 +82,8 @@ def test_where_each_setting_of_a_glue_run_comes_from():
     assert said("--method", "lora")[1:] == [
         "  the paper, 4.2: targets " + linears,
         "  the paper, A.4.1: rank 128, lr 0.0004, batch size 64, epochs 10, max length 512",
-        "  chosen here: alpha 128, examples 400000, warmup 0.03, weight decay 0, dropout 0, seed 0, "
-        "dtype float32",
+        "  chosen here: alpha 128, examples 400000, warmup 0.03, weight decay 0, dropout 0, "
+        "seed 0, dtype float32",
         "  transformers' default: clip 1"]
     assert said("--method", "full")[1:] == [
         "  the paper, A.4.1: lr 0.0004, batch size 64, epochs 10, max length 512",
