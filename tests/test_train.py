@@ -327,7 +327,7 @@ def test_the_official_residual_keeps_minus_1_56_sigma_of_the_chosen_directions()
                 num_hidden_layers=2)
     s = settings(official=True, rank=60, alpha=128.0, r_min=50, r_avg=50, r_max=50, max_length=60)
     model, plain = tiny_llama(1, **wide), tiny_llama(1, **wide)
-    initial, _ = train.initialise(model, s, examples())
+    train.initialise(model, s, examples())
     ids = torch.arange(40)[None]
     torch.testing.assert_close(model(ids), plain(ids), rtol=1e-3, atol=1e-3)
     scored = by_score(plain, s)
