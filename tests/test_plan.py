@@ -45,6 +45,7 @@ def test_every_method_of_one_rank_has_the_papers_parameters(model, millions, alo
             count = P.adapter_parameters(S.replace(s, method=method), shapes, 1)
             more = 128 * len(shapes) if method == "kasa" else 0
             assert round((count - more) / 1e6, 1) == (alone if row.frozen else millions)
+            assert row.frozen or count - more == 128 * sum(m + n for m, n in shapes.values())
 
 
 @pytest.mark.parametrize("mean", [50, 38.7])
