@@ -215,7 +215,7 @@ def test_a_third_of_the_blocks_is_frozen_and_nothing_outside_them(blocks, third)
 
 @pytest.mark.parametrize("method, shown", [
     ("lora", ()), ("pissa", ("residual",)), ("corda-kpm", ("residual", "calibration")),
-    ("kasa", ("kasa beta", "kasa gamma")), ("full", ()),
+    ("kasa", ("residual", "kasa beta", "kasa gamma")), ("full", ()),
     ("farss", ("residual", "calibration", "fisher", "r avg")),
     ("farss-top", ("residual", "calibration", "fisher"))])
 def test_only_what_a_method_looks_at_is_listed(method, shown):
