@@ -154,12 +154,14 @@ class CovarianceSums(NamedTuple):
     """Sums behind C while `input_hooks` is open; layers that read the same tensor share theirs."""
 
     sums: dict[str, Tensor]  # Σ xᵀx by layer
+    shared: set[str]  # layers whose sum is that of another
     seen: list[tuple[Tensor, str]]  # the last input, and the first layer that read it
 
     def add(self, name: str, x: Tensor, mask: Tensor) -> None:
         """x (b, t, n) of one layer and batch; mask (b, t) marks the real tokens."""
         if self.seen and self.seen[0][0] is x:
             self.sums[name] = self.sums[self.seen[0][1]]
+            self.shared.add(name)
             return
         self.seen[:] = [(x, name)]
         for tokens, real in zip(x.detach(), mask.bool(), strict=True):
@@ -174,7 +176,7 @@ class CovarianceSums(NamedTuple):
 def input_hooks(model: nn.Module, names: Iterable[str], mask: Callable[[], Tensor]
                 ) -> Iterator[CovarianceSums]:
     """Record the inputs of the named layers during forward passes; `mask` tells the real tokens."""
-    found = CovarianceSums({}, [])
+    found = CovarianceSums({}, set(), [])
     handles = []
     try:
         for name in names:
@@ -212,7 +214,8 @@ def covariance_sweep(model: Any, batches: list[dict[str, Tensor]], names: Iterab
                 for b, batch in enumerate(batches):
                     masks[:] = [batch["attention_mask"]]
                     inputs[b] = model.blocks[i](inputs[b], *contexts[b])
-            for name, C in {id(C): (name, C) for name, C in found.sums.items()}.values():
+            own = {name: C for name, C in found.sums.items() if name not in found.shared}
+            for name, C in own.items():
                 C /= sequences
                 if not C.isfinite().all():  # damping would never end
                     raise ValueError(f"the covariance of {name}'s inputs is not finite")

@@ -169,6 +169,8 @@ AUTO = -1  # of shallow blocks: to be found by a trial
 
 def number_of_blocks(text: str) -> int:
     """--shallow: a number, or auto."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"--shallow {text}: give a number of blocks, or auto")
     return AUTO if text == "auto" else int(text)
 
 
