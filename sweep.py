@@ -66,7 +66,11 @@ class Job:
     steps: int
 
     def done(self) -> bool:
-        return finished(self.run) and (self.run / "results.json").exists()
+        """Trained, and scored on every benchmark: eval.py writes results.json after each."""
+        if not finished(self.run) or not (self.run / "results.json").exists():
+            return False
+        scored = evaluation.read_results(self.run)["benchmarks"]
+        return set(of_task(self.settings.task)) <= set(scored)
 
     def steps_done(self) -> int:
         log = self.run / "log.jsonl"

@@ -44,6 +44,19 @@ def test_a_job_is_known_by_its_settings_and_a_folder_of_another_run_is_refused(t
         sweep.make_job(tmp_path, [*again, "--rank", "4"])
 
 
+def test_a_run_that_is_still_being_scored_is_not_done(tmp_path):
+    """results.json is written after each benchmark; read half-way, it has no K."""
+    job = sweep.make_job(tmp_path, ["--method", "lora", "--lr", "1e-3", *SHORT])
+    job.run.mkdir()
+    S.write_run(job.run, job.settings, {})
+    (job.run / "adapter.safetensors").touch()
+    scores = {name: {"score": 1.0} for name in ("word_problems", "city", "job", "year")}
+    for names, done in ((["word_problems"], False), (["word_problems", "city", "job"], False),
+                        (scores, True)):
+        C.save_json(job.run / "results.json", {"benchmarks": {n: scores[n] for n in names}})
+        assert job.done() == done
+
+
 def test_a_sweep_runs_what_is_missing_and_ends_in_one_table(tmp_path, monkeypatch, capsys):
     """Full fine-tuning and FARSS, one of them stopped before its last step: the same files as
     undisturbed runs, T of full fine-tuning 1 on average, and nothing to do the second time."""
