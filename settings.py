@@ -296,43 +296,46 @@ def for_task(config: Config, task: str) -> Config:
     return replace(config, labels=classes) if encoder else config
 
 
-# Settings that only methods with adaptive ranks, or with factors, look at.
-OF_ADAPTIVE, OF_FISHER = ("shallow", "r_min", "r_avg", "r_max"), ("fisher",)
-OF_DATA, OF_PENALTY = ("calibration", "calibration_examples"), ("kasa_beta", "kasa_gamma")
-OF_ADAPTERS = ("rank", "alpha", "targets", "dropout")
+def unused(s: Settings) -> set[str]:
+    """Settings that a run of this method does not look at, or that say nothing about its result."""
+    return {*MACHINE, "model", "task", "data", "method",
+            *(() if s.how.adaptive else ("shallow", "r_min", "r_avg", "r_max")),
+            *(() if s.how.needs == "fisher" else ("fisher",)),
+            *(() if s.how.needs != "nothing" else ("calibration", "calibration_examples")),
+            *(() if s.how.penalty else ("kasa_beta", "kasa_gamma")),
+            *(() if s.how.splits or s.how.diagonal else ("residual",)),
+            *(() if s.how.trains == "adapters" else ("rank", "alpha", "targets", "dropout")),
+            *(("epochs",) if s.steps else ())}
+
+
+def source_of(name: str, s: Settings, row: Preset, flags: dict[str, Any]) -> str:
+    """Where the value of a setting comes from: who has the last word."""
+    if name in flags:
+        return "the command line"
+    if s.official and name in OFFICIAL:
+        return "the official code"
+    if name in row.sources or name in row.settings:
+        return row.sources.get(name, row.source)
+    if name == "shallow":
+        return "chosen here, 7/32 of the blocks"
+    if name == "dtype" and s.dtype == "float32":
+        return "here"
+    return next(f.metadata["source"] for f in fields(Settings) if f.name == name)
 
 
 def origins(s: Settings, config: Config, flags: dict[str, Any]) -> list[str]:
     """Where a run's settings come from: one line for each source, the paper's sections first."""
     known = known_as(s.model, config)
-    row = preset(known, s.task)
-    unused = (() if s.how.adaptive else OF_ADAPTIVE) + (
-        () if s.how.needs == "fisher" else OF_FISHER) + (
-        () if s.how.needs != "nothing" else OF_DATA) + (
-        () if s.how.penalty else OF_PENALTY) + (
-        () if s.how.splits or s.how.diagonal else ("residual",)) + (
-        *MACHINE, "model", "task", "data", "method") + (
-        () if s.how.trains == "adapters" else OF_ADAPTERS)
     said: dict[str, list[str]] = {}
-    for f in fields(Settings):
-        value = getattr(s, f.name)
-        if value is None or value is False or f.name in unused or (s.steps and f.name == "epochs"):
+    for name, value in asdict(s).items():
+        if value is None or value is False or name in unused(s):
             continue
-        source = f.metadata["source"]
-        if f.name in flags:
-            source = "the command line"
-        elif s.official and f.name in OFFICIAL:
-            source = "the official code"
-        elif f.name in row.sources or f.name in row.settings:
-            source = row.sources.get(f.name, row.source)
-        elif f.name == "shallow":
-            source = "chosen here, 7/32 of the blocks"
-        elif f.name == "dtype" and s.dtype == "float32":
-            source = "here"
         shown = f"{value:g}" if isinstance(value, float) else str(value)
-        shown = "auto" if f.name == "shallow" and value == AUTO else shown
-        of = f" of {config.num_hidden_layers} blocks" if f.name == "shallow" else ""
-        said.setdefault(source, []).append(f"{f.name.replace('_', ' ')} {shown}{of}")
+        if name == "shallow":
+            number = "auto" if value == AUTO else value
+            shown = f"{number} of {config.num_hidden_layers} blocks"
+        source = source_of(name, s, preset(known, s.task), flags)
+        said.setdefault(source, []).append(f"{name.replace('_', ' ')} {shown}")
     titles = {source: f"the paper, {source}" if re.match(r"[A\d]\.?\d", source) else
               "chosen here" if source == "here" else source for source in said}
     seen = "" if known == s.model else f" ({known}, as the shape of its config says)"
