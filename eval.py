@@ -375,8 +375,9 @@ def load_target(target: Target, dtype: str | None, device: str | None) -> M.Mode
         target.about["trainable"] = sum(p.numel() for p in model.parameters())
     elif target.run:
         checkpoint.load_adapter(model, target.run / "adapter.safetensors")
-        trained = [p for p in model.parameters() if p.requires_grad]
-        target.about["trainable"] = sum(p.numel() for p in trained)
+        frozen = s.how.frozen if s else ()
+        target.about["trainable"] = sum(p.numel() for n, p in model.named_parameters()
+                                        if p.requires_grad and n.rpartition(".")[2] not in frozen)
         if M.embedding(model).dtype == torch.float32:
             M.merge(model)
     return model
