@@ -302,7 +302,7 @@ def plotting() -> Any:
 
 def draw_tradeoff(pyplot: Any, rows: list[dict], path: Path) -> None:
     """K against T, each method a path over its learning rates."""
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.4, 5.6), layout="constrained")
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         groups = {lr: g for (name, lr), g in by_setting(rows).items() if name == method}
         points = [[[row[c] for row in groups[lr]] for lr in sorted(groups)] for c in ("T", "K")]
@@ -312,12 +312,12 @@ def draw_tradeoff(pyplot: Any, rows: list[dict], path: Path) -> None:
                       linestyle=("-", "--", ":", "-.")[i % 4], capsize=2, elinewidth=0.6)
         for lr, x, y in zip(sorted(groups), T, K, strict=True):
             axes.annotate(f"{lr:g}", (x, y), textcoords="offset points", xytext=(5, -9),
-                          fontsize=7)
+                          fontsize=6)
     axes.set(xlabel="T: task score / that of full fine-tuning (Eq. 37)",
              ylabel="K: knowledge kept (Eq. 36)",
              title="each point a learning rate, bars ± 1 sd over the seeds")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # it would hide points inside
     figure.savefig(path, dpi=120, metadata={"Software": None})  # equal runs, equal files
     pyplot.close(figure)
 
