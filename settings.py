@@ -98,7 +98,7 @@ class Settings:
     kasa_gamma: float = setting(1e-3, "KaSA: weight of the distance of A and B from orthonormal",
                                 "KaSA's code")
     targets: str = setting(None, "linear layers to adapt, by name, or a set: " + "; ".join(
-        f"{name} = {','.join(layers)}" for sets in TARGET_SETS for name, layers in sets.items())
+        f"{name} = {', '.join(layers)}" for sets in TARGET_SETS for name, layers in sets.items())
         + "; default: seven, of RoBERTa six", "A.2.1")
     # training
     lr: float = setting(2e-5, "peak learning rate of AdamW, falling linearly to 0", "A.2.1")
@@ -138,7 +138,8 @@ class Settings:
     @property
     def target_names(self) -> list[str]:
         """Layers to adapt; until `settle` has seen the model, a decoder's seven."""
-        return self.targets.split(",") if self.targets else list(DECODER_TARGETS["seven"])
+        named = self.targets or ",".join(DECODER_TARGETS["seven"])
+        return [name.strip() for name in named.split(",")]
 
     @property
     def budget(self) -> farss.Budget:

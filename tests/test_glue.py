@@ -501,5 +501,5 @@ def test_the_papers_settings_of_glue():
     assert (s.lr, s.batch_size, s.epochs, s.max_length, s.scaling) == (4e-4, 64, 10, 512, 1)
     assert s.target_names == list(M.ENCODER_TARGETS["six"])
     assert settled("--targets", "four").target_names == list(M.ENCODER_TARGETS["four"])
-    assert settled("--targets", "query,output.dense").target_names == ["query", "output.dense"]
+    assert settled("--targets", "query, output.dense").target_names == ["query", "output.dense"]
     assert S.run_folder(s).name == "roberta-base-glue-rte-farss-s0"  # no colon: not on Windows
