@@ -20,13 +20,20 @@ table METHODS is what a run can be told to do: a new method is a row there and a
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from farss import adapter_from_directions, block_index, quiet, svd
+from farss import (
+    adapter_from_directions,
+    add_outer,
+    names_by_block,
+    quiet,
+    select_directions,
+    svd,
+)
 from model import LoRALinear, Start, at_least_fp32, evaluating
 
 # ----------------------------------------------------------------- starts that need W alone
@@ -48,14 +55,19 @@ def split(A: Tensor, B: Tensor) -> Start:
     return Start(A, B, A, B)
 
 
+def from_end(U: Tensor, S: Tensor, Vh: Tensor, r: int, lowest: bool, scaling: float) -> Start:
+    """The r lowest or highest directions of a decomposition whose S falls, taken out of W."""
+    index = select_directions(torch.arange(len(S)), r, lowest)
+    return split(*adapter_from_directions(U, S, Vh, index, scaling))
+
+
 def pissa(W: Tensor, r: int, scaling: float = 1.0) -> Start:
     """PiSSA (Meng et al., 2024): A = √(Σ/s) Vᵀ, B = U √(Σ/s) of the r largest directions of W.
 
     Official code differs: it asks for dropout 0, and usually takes a randomised SVD
     (pissa_niter_16); here the exact one.
     """
-    U, S, Vh = svd(W)
-    return split(*adapter_from_directions(U, S, Vh, torch.arange(r), scaling))
+    return from_end(*svd(W), r, False, scaling)
 
 
 def milora(W: Tensor, r: int, scaling: float = 1.0) -> Start:
@@ -63,8 +75,7 @@ def milora(W: Tensor, r: int, scaling: float = 1.0) -> Start:
 
     Official code differs: it sets α = r, whatever was asked for.
     """
-    U, S, Vh = svd(W)
-    return split(*adapter_from_directions(U, S, Vh, torch.arange(len(S) - r, len(S)), scaling))
+    return from_end(*svd(W), r, True, scaling)
 
 
 def kasa(W: Tensor, r: int, scaling: float = 1.0, generator: torch.Generator | None = None
@@ -129,8 +140,7 @@ def corda(W: Tensor, r: int, C: Tensor, lowest: bool, scaling: float = 1.0) -> S
     """
     C1, inverse = damped(at_least_fp32(C))
     U, S, Vh = svd(at_least_fp32(W) @ C1)
-    index = torch.arange(len(S) - r, len(S)) if lowest else torch.arange(r)
-    return split(*adapter_from_directions(U, S, Vh @ inverse, index, scaling))
+    return from_end(U, S, Vh @ inverse, r, lowest, scaling)
 
 
 def lora_null(W: Tensor, r: int, C: Tensor, scaling: float = 1.0) -> Start:
@@ -144,44 +154,47 @@ def lora_null(W: Tensor, r: int, C: Tensor, scaling: float = 1.0) -> Start:
     """
     N = torch.linalg.eigh(C.double()).eigenvectors[:, :r].to(at_least_fp32(W).dtype)
     U, S, Vh = svd(at_least_fp32(W) @ N)  # so that W N Nᵀ = U Σ (Vᵀ Nᵀ), without an n x n product
-    return split(*adapter_from_directions(U, S, Vh @ N.T, torch.arange(r), scaling))
+    return from_end(U, S, Vh @ N.T, r, False, scaling)
 
 
 # ------------------------------------------------------------ the covariance of a layer's inputs
 
 
-class CovarianceSums(NamedTuple):
+@dataclass
+class CovarianceSums:
     """Sums behind C while `input_hooks` is open; layers that read the same tensor share theirs."""
 
-    sums: dict[str, Tensor]  # Σ xᵀx by layer
-    shared: set[str]  # layers whose sum is that of another
-    seen: list[tuple[Tensor, str]]  # the last input, and the first layer that read it
+    sums: dict[str, Tensor] = field(default_factory=dict)  # Σ xᵀx by layer
+    shared: set[str] = field(default_factory=set)  # layers whose sum is that of another
+    mask: Tensor = field(default_factory=lambda: torch.zeros(0))  # (b, t) bool: real tokens
+    seen: tuple[Tensor, str] | None = None  # the last input, and the first layer that read it
 
-    def add(self, name: str, x: Tensor, mask: Tensor) -> None:
-        """x (b, t, n) of one layer and batch; mask (b, t) marks the real tokens."""
-        if self.seen and self.seen[0][0] is x:
-            self.sums[name] = self.sums[self.seen[0][1]]
+    def start(self, attention_mask: Tensor) -> None:
+        """Announce the next batch: only positions where the mask is 1 will be counted."""
+        self.mask, self.seen = attention_mask.bool(), None
+
+    def add(self, name: str, x: Tensor) -> None:
+        """x (b, t, n) of one layer and batch."""
+        if self.seen is not None and self.seen[0] is x:
+            self.sums[name] = self.sums[self.seen[1]]
             self.shared.add(name)
             return
-        self.seen[:] = [(x, name)]
-        for tokens, real in zip(x.detach(), mask.bool(), strict=True):
+        self.seen = x, name
+        for tokens, real in zip(x.detach(), self.mask, strict=True):
             rows = at_least_fp32(tokens[real])
             rows = rows / rows.max().abs()  # |max x| and not max |x|, as the official code
-            if name not in self.sums:
-                self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self.sums[name].addmm_(rows.T, rows)
+            add_outer(self.sums, name, rows)
 
 
 @contextmanager
-def input_hooks(model: nn.Module, names: Iterable[str], mask: Callable[[], Tensor]
-                ) -> Iterator[CovarianceSums]:
-    """Record the inputs of the named layers during forward passes; `mask` tells the real tokens."""
-    found = CovarianceSums({}, set(), [])
+def input_hooks(model: nn.Module, names: Iterable[str]) -> Iterator[CovarianceSums]:
+    """Record the inputs of the named layers during forward passes."""
+    found = CovarianceSums()
     handles = []
     try:
         for name in names:
             handles.append(model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: found.add(name, args[0], mask())))
+                lambda _, args, name=name: found.add(name, args[0])))
         yield found
     finally:
         for handle in handles:
@@ -201,18 +214,15 @@ def covariance_sweep(model: Any, batches: list[dict[str, Tensor]], names: Iterab
 
     Official code differs: it divides by 256, whatever the number of sequences.
     """
-    by_block: dict[int, list[str]] = {}
-    for name in names:
-        by_block.setdefault(block_index(name), []).append(name)
+    by_block = names_by_block(names)
     sequences = sum(len(batch["input_ids"]) for batch in batches)
     entered = [model.enter(batch) for batch in batches]
     inputs, contexts = [x for x, _ in entered], [context for _, context in entered]
-    masks: list[Tensor] = []
     with evaluating(model):
         for i in progress(range(max(by_block, default=-1) + 1), desc="covariance by block"):
-            with input_hooks(model, by_block.get(i, []), lambda: masks[-1]) as found:
+            with input_hooks(model, by_block.get(i, [])) as found:
                 for b, batch in enumerate(batches):
-                    masks[:] = [batch["attention_mask"]]
+                    found.start(batch["attention_mask"])
                     inputs[b] = model.blocks[i](inputs[b], *contexts[b])
             own = {name: C for name, C in found.sums.items() if name not in found.shared}
             for name, C in own.items():

@@ -223,7 +223,7 @@ def peft_start(method: str) -> dict[str, Any] | None:
         "kasa": {"kasa_config": peft.KasaConfig()}}
     for name in ("kpm", "ipm"):
         known[f"corda-{name}"] = {"init_lora_weights": "corda",
-                                         "corda_config": CordaConfig(corda_method=name)}
+                                  "corda_config": CordaConfig(corda_method=name)}
     return known.get(method)
 
 

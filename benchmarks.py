@@ -36,9 +36,7 @@ def gsm8k_strict(answer: str | None, gold: str) -> bool:
     Thousands separators and a leading $ are read; a fraction counts as its value.
     """
     found = re.search(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+(?:\.\d+)?)?", answer or "")
-    if not found:
-        return False
-    if len(found[0]) > LONGEST:
+    if not found or len(found[0]) > LONGEST:
         return False
     over, _, under = found[0].replace(",", "").partition("/")
     denominator = Fraction(under.strip() or "1")

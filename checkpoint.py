@@ -244,22 +244,27 @@ def hub_optional(repo: str, filename: str) -> Path | None:
 # --------------------------------------------------------------------------------- config.json
 
 
+Check = tuple[Callable[[Any], bool], str]
+
+
+def or_null(check: Check) -> Check:
+    good, what = check
+    return lambda v: v is None or good(v), f"{what} or null"
+
+
 # What a field of Config must be, by its type.
-CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+CHECKS: dict[Any, Check] = {
     int: (lambda v: type(v) is int and v > 0, "a positive whole number"),
     float: (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
     bool: (lambda v: type(v) is bool, "true or false"),
-    float | None: (lambda v: v is None or (type(v) in (int, float) and 0 < v < math.inf),
-                   "a positive number or null"),
-    int | None: (lambda v: v is None or (type(v) is int and v >= 0), "a token id or null"),
-    Count: (lambda v: v is None or (type(v) is int and v > 0), "a positive whole number or null"),
+    int | None: or_null((lambda v: type(v) is int and v >= 0, "a token id")),
     Probability: (lambda v: type(v) in (int, float) and 0 <= v < 1, "a number in [0, 1)"),
-    Probability | None: (lambda v: v is None or (type(v) in (int, float) and 0 <= v < 1),
-                         "a number in [0, 1) or null"),
     tuple[int, ...]: (lambda v: all(type(t) is int and t >= 0 for t in v),
                       "a token id or a list of them"),
 }
-ANYTHING: tuple[Callable[[Any], bool], str] = (lambda v: True, "")
+CHECKS |= {float | None: or_null(CHECKS[float]), Count: or_null(CHECKS[int]),
+           Probability | None: or_null(CHECKS[Probability])}
+ANYTHING: Check = (lambda v: True, "")
 # Fields that other fields decide where the file leaves them out; those stand before them in Config.
 DERIVED = {
     "num_key_value_heads": lambda value: value["num_attention_heads"],

@@ -585,10 +585,10 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def own_source(target: Target, benchmark: str) -> str:
+def own_source(s: Settings | None, benchmark: str) -> str:
     """Where the questions are unless --data says otherwise: beside a run's own training data, if
     those were a folder with both."""
-    s, row = target.settings, BENCHMARKS[benchmark]
+    row = BENCHMARKS[benchmark]
     own = s is not None and Path(s.data).is_dir() and row.group == data.TASKS[s.task].group
     return s.data if s is not None and own else row.source
 
@@ -646,8 +646,9 @@ def main(argv: list[str] | None = None) -> None:
         elif source:
             read_results(source)
     text = data.read_text(args.text) if args.text else ""
-    rows = {b: data.read_rows(args.data.get(b) or own_source(target, b), BENCHMARKS[b].source)
-            [: args.limit] for b in args.benchmarks or of_task(task_of(about))}
+    rows = {b: data.read_rows(args.data.get(b) or own_source(target.settings, b),
+                              BENCHMARKS[b].source)[: args.limit]
+            for b in args.benchmarks or of_task(task_of(about))}
     asked = {b: questions(b, r) for b, r in rows.items()}
     use_threads(target.settings.threads if target.settings else
                 preset(name_of(about), task_of(about)).settings.get("threads"))

@@ -209,6 +209,14 @@ def block_index(name: str) -> int:
     return int(found[1])
 
 
+def names_by_block(names: Iterable[str]) -> dict[int, list[str]]:
+    """The names of layers by their block; ValueError for one that stands in none."""
+    by_block: dict[int, list[str]] = {}
+    for name in names:
+        by_block.setdefault(block_index(name), []).append(name)
+    return by_block
+
+
 def quiet(items: Iterable, **_: Any) -> Iterable:
     """The progress bar that shows nothing."""
     return items
@@ -229,9 +237,7 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     two blocks the model is as it was. `model` offers `enter`, `blocks` and `loss(..., hidden=)`
     (see model.CausalLM). Raises ValueError when there is no token or a name stands in no block.
     """
-    by_block: dict[int, list[str]] = {}
-    for name in names:
-        by_block.setdefault(block_index(name), []).append(name)
+    by_block = names_by_block(names)
     if max(by_block, default=0) >= len(model.blocks):
         raise ValueError(f"{by_block[max(by_block)][0]}: the model has {len(model.blocks)} blocks")
     lowest = min(by_block, default=len(model.blocks))

@@ -98,18 +98,17 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     skeleton = empty(config)
     parameters = sum(p.numel() for p in skeleton.parameters())
     memory = device_memory(s.device) if memory is None else memory
-    head = sum(p.numel() for p in whole_parameters(skeleton).values())
-    trainable: float = parameters
-    bounds: tuple[float, float] = (parameters, parameters)
     shapes: Shapes = {}
+    head, trainable, bounds = 0, float(parameters), (0.0, 0.0)
     if s.how.trains == "adapters":
-        shapes = adapted_shapes(s, config)
+        shapes = s.shapes(skeleton)
+        head = sum(p.numel() for p in whole_parameters(skeleton).values())
         trainable = adapter_parameters(s, shapes, s.r_avg)
         bounds = adapter_parameters(s, shapes, s.r_min), adapter_parameters(s, shapes, s.r_max)
     else:
         trainable = sum(p.numel() for n, p in skeleton.named_parameters()
                         if not s.is_frozen(n, config.num_hidden_layers))
-        bounds, head = (trainable, trainable), 0
+        bounds = trainable, trainable
     most = bounds[1] + head
     micro_batch, checkpointing = choose_micro_batch(s, config, parameters, most, memory)
     examples = min(s.examples, rows or s.examples)
@@ -140,12 +139,6 @@ def adapter_parameters(s: Settings, shapes: Shapes, shallow_rank: float) -> floa
     has r numbers more a layer, and what a method freezes does not count."""
     return sum(min(shallow_rank if is_shallow(s, name) else s.rank, m, n) * s.how.per_rank(m, n)
                for name, (m, n) in shapes.items())
-
-
-def adapted_shapes(s: Settings, config: Config) -> Shapes:
-    """(m, n) of every layer that gets an adapter."""
-    return {n: shape for n, shape in linear_shapes(empty(config), s.target_names).items()
-            if not s.is_frozen(n, config.num_hidden_layers)}
 
 
 def leaf_name(name: str) -> str:
@@ -200,7 +193,7 @@ def block_activations(s: Settings, config: Config) -> int:
 
 def block_shapes(s: Settings, config: Config) -> Shapes:
     """(m, n) of the adapted layers of one block, the first that has any."""
-    shapes = {n: shape for n, shape in adapted_shapes(s, config).items() if place(n) != n}
+    shapes = {n: shape for n, shape in s.shapes(empty(config)).items() if place(n) != n}
     first = min(map(block_index, shapes), default=0)
     return {n: shape for n, shape in shapes.items() if block_index(n) == first}
 

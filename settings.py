@@ -27,19 +27,17 @@ from baselines import METHODS, Method
 from checkpoint import ANYTHING, MICROCOSM, UserError
 from model import (
     DECODER_TARGETS,
+    ENCODER_TARGETS,
     FAMILIES,
     Config,
     Model,
     empty,
-    linear_names,
     linear_shapes,
     place,
 )
 
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
 MACHINE = ("device", "threads", "micro_batch", "checkpointing", "save_every")
-TARGET_SETS = [sets for i, sets in enumerate(f.targets for f in FAMILIES.values())
-               if sets not in [f.targets for f in FAMILIES.values()][:i]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -98,7 +96,8 @@ class Settings:
     kasa_gamma: float = setting(1e-3, "KaSA: weight of the distance of A and B from orthonormal",
                                 "KaSA's code")
     targets: str = setting(None, "linear layers to adapt, by name, or a set: " + "; ".join(
-        f"{name} = {', '.join(layers)}" for sets in TARGET_SETS for name, layers in sets.items())
+        f"{name} = {', '.join(layers)}" for name, layers in (DECODER_TARGETS
+                                                              | ENCODER_TARGETS).items())
         + "; default: seven, of RoBERTa six", "A.2.1")
     # training
     lr: float = setting(2e-5, "peak learning rate of AdamW, falling linearly to 0", "A.2.1")
@@ -153,10 +152,14 @@ class Settings:
         third = range(*FROZEN[self.freeze](blocks)) if self.freeze else ()
         return place(name) != name and farss.block_index(name) in third
 
+    def shapes(self, model: Model) -> dict[str, tuple[int, int]]:
+        """(m, n) of the layers that get an adapter, by name."""
+        return {n: shape for n, shape in linear_shapes(model, self.target_names).items()
+                if not self.is_frozen(n, len(model.blocks))}
+
     def layers(self, model: Model) -> list[str]:
         """The layers that get an adapter."""
-        blocks = len(model.blocks)
-        return [n for n in linear_names(model, self.target_names) if not self.is_frozen(n, blocks)]
+        return list(self.shapes(model))
 
     @property
     def master_dtype(self) -> torch.dtype:
@@ -464,8 +467,7 @@ def whole_blocks(shallow: float, config: Config) -> int:
 
 def matched_rank(s: Settings, config: Config) -> int:
     """R for which the trainable numbers come nearest to s.match_params, the shallow ranks r_avg."""
-    shapes = {n: m_n for n, m_n in linear_shapes(empty(config), s.target_names).items()
-              if not s.is_frozen(n, config.num_hidden_layers)}
+    shapes = s.shapes(empty(config))
     sizes = {name: s.how.per_rank(m, n) for name, (m, n) in shapes.items()}
     found = re.fullmatch(r"lora:(\d+)|(\d+(?:\.\d+)?)([kM]?)", s.match_params)
     if not found:

@@ -393,11 +393,12 @@ def find_boundary(folder: Path, s: Settings, examples: list[data.Example],
     held_out, rest = examples[:32], examples[32:] or examples
     known = evaluation.known_examples(s.task, tokenizer, 64)
     tried: list[dict] = []
+    before: list[float | None] = []  # of the base model, the same for every candidate
     for shallow in tqdm(candidates(checkpoint.read_config(folder).num_hidden_layers),
                         desc="boundary", disable=None):
         trial = replace(s, shallow=shallow, steps=TRIAL_STEPS)
         model = checkpoint.load(folder, s.master_dtype, s.device)
-        before = [evaluation.mean_loss(model, e) for e in (known, held_out)]
+        before = before or [evaluation.mean_loss(model, e) for e in (known, held_out)]
         initialise(model, trial, calibration)
         run_trial(model, trial, rest)
         after = [evaluation.mean_loss(model, e) for e in (known, held_out)]
@@ -469,8 +470,8 @@ def main(argv: list[str] | None = None) -> None:
           + (f"; {chosen.cut} cut after {s.max_length} tokens, so without their end"
              if chosen.cut else ""))
     validation = {  # a wrong label of it, too, is found before anything is written
-        b: evaluation.questions(b, data.read_rows(
-            s.data if Path(s.data).is_dir() else BENCHMARKS[b].source, BENCHMARKS[b].source))
+        b: evaluation.questions(b, data.read_rows(evaluation.own_source(s, b),
+                                                  BENCHMARKS[b].source))
         for b in (of_group(BENCHMARKS, task.group) if task.classes else [])}
     if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "

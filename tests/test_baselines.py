@@ -20,6 +20,7 @@ from torch import nn
 import baselines as B
 import checkpoint as C
 import data
+import farss
 import model as M
 import train
 
@@ -556,7 +557,7 @@ def test_every_block_runs_once_a_batch_and_none_above_the_last_named(kind):
     assert [len(found) for found in B.covariance_sweep(model, batches, names)]
     assert count == [len(batches)] * len(model.blocks)
     count[:] = [0] * len(model.blocks)
-    assert len(swept(model, batches, [n for n in names if B.block_index(n) == 1])) > 0
+    assert len(swept(model, batches, [n for n in names if farss.block_index(n) == 1])) > 0
     assert count == [len(batches)] * 2 + [0] * (len(model.blocks) - 2)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curvlinops import KFACLinearOperator
-from tiny import GEMMA2, MISTRAL, tiny_batch, tiny_llama
+from tiny import GEMMA2, MISTRAL, retained, tiny_batch, tiny_llama
 from torch import nn
 
 import farss
@@ -41,28 +41,16 @@ def same_factors(mine, theirs):
 def by_retain_grad(model, data, names):
     """{name: (Σ_h, Σ_δ)} the plain way: sequence by sequence, cut to its real tokens, so that no
     padding exists; h and δ of every token kept. Also the share of the first tokens in Tr Σ_h."""
-    model.requires_grad_(True)
-    h, y, handles = {n: [] for n in names}, {n: [] for n in names}, []
-    for name in names:
-        def keep(module, args, output, name=name):
-            output.retain_grad()
-            h[name].append(args[0].detach()[0])
-            y[name].append(output)
-
-        handles.append(model.get_submodule(name).register_forward_hook(keep))
-    for ids, labels, mask in zip(*(data[k] for k in ("input_ids", "labels", "attention_mask")),
-                                 strict=True):
-        real = mask.bool()
-        model.loss(ids[real][None], labels[real][None])[0].backward()
-    for handle in handles:
-        handle.remove()
+    texts = [{"input_ids": ids[mask.bool()][None], "labels": labels[mask.bool()][None]}
+             for ids, labels, mask in zip(*(data[k] for k in ("input_ids", "labels",
+                                                              "attention_mask")), strict=True)]
     factors, share = {}, {}
-    for name in names:
-        H, D = torch.cat(h[name]), torch.cat([out.grad[0] for out in y[name]])
+    for name, (h, delta) in retained(model, texts, names).items():
+        H, D = torch.cat(h), torch.cat(delta)
         close(D.T @ H, model.get_submodule(name).weight.grad)  # Σ_t δ hᵀ is the weight's gradient
         factors[name] = (torch.einsum("ti,tj->ij", H, H) / len(H),
                          torch.einsum("ti,tj->ij", D, D) / len(D))
-        share[name] = (sum(x[0].pow(2).sum() for x in h[name]) / H.pow(2).sum()).item()
+        share[name] = (sum(x[0].pow(2).sum() for x in h) / H.pow(2).sum()).item()
     model.zero_grad(set_to_none=True)
     return factors, share
 

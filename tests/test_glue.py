@@ -317,12 +317,12 @@ def test_scores_of_a_text_do_not_depend_on_its_batch(home):
 def test_questions_are_beside_the_training_data_of_the_same_task_alone(tmp_path):
     def where(task, data_place, benchmark):
         s = S.Settings(model="x", task=task, data=str(data_place))
-        return E.own_source(E.Target(tmp_path, tmp_path, s, {}), benchmark)
+        return E.own_source(s, benchmark)
     (tmp_path / "train.tsv").touch()
     assert where("glue:sst2", tmp_path, "sst2") == str(tmp_path)
     assert where("glue:sst2", tmp_path / "train.tsv", "sst2") == "glue:sst2/validation"
     assert where("math", tmp_path, "nq_open") == "nq_open"
-    assert E.own_source(E.Target(tmp_path, None, None, {}), "rte") == "glue:rte/validation"
+    assert E.own_source(None, "rte") == "glue:rte/validation"
 
 
 @pytest.mark.parametrize("name, predicted, gold, words", [

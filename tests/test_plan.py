@@ -38,7 +38,7 @@ def test_every_method_of_one_rank_has_the_papers_parameters(model, millions, alo
     """But for KaSA's 128 numbers more a layer, and B alone of LoRA-Null v2 (128 Σ m by hand)."""
     s, config = S.settle(S.training_arguments("", ["--model", model, "--task", "math",
                                                    "--dry-run"]))
-    shapes = P.adapted_shapes(s, config)
+    shapes = s.shapes(M.empty(config))
     assert len(shapes) == 7 * config.num_hidden_layers
     for method, row in METHODS.items():
         if row.trains == "adapters" and not row.adaptive:

@@ -15,6 +15,7 @@ from tiny import (
     ROBERTAS,
     TINY_ROBERTA,
     classifier_oracle,
+    retained,
     roberta_tokenizer,
     tiny_llama,
     tiny_roberta,
@@ -584,22 +585,9 @@ def same_factors(mine, theirs, **tolerance):
 def by_retain_grad(model, data, names):
     """{name: (Σ_h, Σ_δ)} the plain way: text by text without padding, h and δ of every token
     kept."""
-    model.requires_grad_(True)
-    h, y, handles = {n: [] for n in names}, {n: [] for n in names}, []
-    for name in names:
-        def keep(module, args, output, name=name):
-            output.retain_grad()
-            h[name].append(args[0].detach()[0])
-            y[name].append(output)
-
-        handles.append(model.get_submodule(name).register_forward_hook(keep))
-    for row in range(len(data["labels"])):
-        model.loss(**trimmed(data, row))[0].backward()
-    for handle in handles:
-        handle.remove()
-    factors = {}
-    for name in names:
-        H, D = torch.cat(h[name]), torch.cat([out.grad[0] for out in y[name]])
+    texts, factors = [trimmed(data, row) for row in range(len(data["labels"]))], {}
+    for name, (h, delta) in retained(model, texts, names).items():
+        H, D = torch.cat(h), torch.cat(delta)
         close(D.T @ H, model.get_submodule(name).weight.grad)  # Σ_t δ hᵀ is the weight's gradient
         factors[name] = (H.T @ H / len(H), D.T @ D / len(D))
     return factors

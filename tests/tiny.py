@@ -76,6 +76,25 @@ def tiny_batch(rows: list[tuple[int, int]], seed: int = 0, vocab: int = 256,
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def retained(model, texts, names):
+    """{name: (h of each text, δ of each)} of linear layers, (tokens, width) each, the plain way:
+    text by text, every output's gradient kept by autograd. `texts` are unpadded batches of one."""
+    model.requires_grad_(True)
+    h, y, handles = {n: [] for n in names}, {n: [] for n in names}, []
+    for name in names:
+        def keep(module, args, output, name=name):
+            output.retain_grad()
+            h[name].append(args[0].detach()[0])
+            y[name].append(output)
+
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    for text in texts:
+        model.loss(**text)[0].backward()
+    for handle in handles:
+        handle.remove()
+    return {n: (h[n], [out.grad[0] for out in y[n]]) for n in names}
+
+
 def padded(side: str, lengths=(48, 31, 1), seed: int = 1):
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(256, (len(lengths), max(lengths)), generator=draw)
