@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from farss import (
     adapter_from_directions,
     add_outer,
+    mirror,
     names_by_block,
     quiet,
     select_directions,
@@ -226,6 +227,7 @@ def covariance_sweep(model: Any, batches: list[dict[str, Tensor]], names: Iterab
                     inputs[b] = model.blocks[i](inputs[b], *contexts[b])
             own = {name: C for name, C in found.sums.items() if name not in found.shared}
             for name, C in own.items():
+                mirror(C)
                 C /= sequences
                 if not C.isfinite().all():  # damping would never end
                     raise ValueError(f"the covariance of {name}'s inputs is not finite")

@@ -44,8 +44,11 @@ from torch import Tensor, nn
 from model import at_least_fp32, evaluating
 
 EPSILON = 1e-12  # Eq. 9, relative to the sum of the importances
+STRIPE = 1024  # rows of a symmetric sum that are added to at once
+SMALL = 1024  # below so many singular values torch's own SVD is as fast as any detour
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each (b, t), padded on the right
-Factors = dict[str, tuple[Tensor, Tensor]]  # layer: (Σ_h, Σ_δ)
+Factors = dict[str, tuple[Tensor, Tensor]]  # layer: (Σ_h, Σ_δ), or (λ, γ)
+Directions = tuple[Tensor, Tensor]  # U (m, k), Vh (k, n)
 Loss = Callable[[Any, Batch], Tensor]  # of a model and a batch; a scalar
 
 # ------------------------------------------------ section 3.2: Kronecker factors of the Fisher
@@ -56,12 +59,16 @@ class FactorSums:
     """Running sums behind Σ_h and Σ_δ while `kfac_hooks` is open.
 
     Layers that read the same tensor (q, k, v; gate, up) share one Σ_h: `owner` names the layer
-    that holds it. `factors()`, once at the end, makes means of the sums.
+    that holds it. Of a layer in `along`, whose singular vectors are known, no factor is formed but
+    what it is along them, λ and γ of Eq. 14: k (n + m) products a token in place of n² + m², and
+    no n x n matrix. `factors()`, once at the end, makes means of the sums.
     """
 
-    hh: dict[str, Tensor] = field(default_factory=dict)  # Σ_t h hᵀ   (n, n), by owner
-    dd: dict[str, Tensor] = field(default_factory=dict)  # Σ_t δ δᵀ   (m, m), by layer
-    first: dict[str, Tensor] = field(default_factory=dict)  # Σ ‖h‖² of first tokens, by owner
+    along: dict[str, Directions] = field(default_factory=dict)
+    hh: dict[str, Tensor] = field(default_factory=dict)  # Σ_t h hᵀ (n, n), by owner; or (k,)
+    dd: dict[str, Tensor] = field(default_factory=dict)  # Σ_t δ δᵀ (m, m), by layer; or (k,)
+    norm: dict[str, Tensor] = field(default_factory=dict)  # Σ ‖h‖², by owner
+    first: dict[str, Tensor] = field(default_factory=dict)  # the same of first tokens
     owner: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     mask: Tensor = field(default_factory=lambda: torch.zeros(0))  # (b, t) bool: real tokens
@@ -73,53 +80,86 @@ class FactorSums:
         self.tokens += int(self.mask.sum())
 
     def add_input(self, name: str, h: Tensor) -> None:
-        if self.seen is not None and self.seen[0] is h:
+        if name not in self.along and self.seen is not None and self.seen[0] is h:
             self.owner[name] = self.seen[1]
             return
-        self.seen, self.owner[name] = (h, name), name
+        self.owner[name] = name
         real = at_least_fp32(h.detach()[self.mask])  # (tokens, n)
-        add_outer(self.hh, name, real)
+        if name in self.along:
+            add_squares(self.hh, name, real @ self.along[name][1].T)
+        else:
+            self.seen = h, name
+            add_outer(self.hh, name, real)
         start = self.mask.int().argmax(dim=1)  # first real token of each sequence
         first = h.detach()[torch.arange(len(h), device=h.device), start]
         self.first[name] = self.first.get(name, 0) + at_least_fp32(first).pow(2).sum()
+        self.norm[name] = self.norm.get(name, 0) + real.pow(2).sum()
 
     def add_gradient(self, name: str, delta: Tensor) -> None:
-        add_outer(self.dd, name, at_least_fp32(delta[self.mask]))
+        real = at_least_fp32(delta[self.mask])  # (tokens, m)
+        if name in self.along:
+            add_squares(self.dd, name, real @ self.along[name][0])
+        else:
+            add_outer(self.dd, name, real)
 
     def factors(self) -> Factors:
-        """{name: (Σ_h, Σ_δ)}: each sum divided, in place, by the number of real tokens.
+        """{name: (Σ_h, Σ_δ) or, of a layer in `along`, (λ, γ)}: the sums divided, in place, by the
+        number of real tokens.
 
         Raises ValueError when there was none.
         """
         if self.tokens == 0:
             raise ValueError("no calibration token: the batches are empty or fully padded")
-        for total in (*self.hh.values(), *self.dd.values(), *self.first.values()):
+        for total in (*self.hh.values(), *self.dd.values()):
             total /= self.tokens  # in place: a second copy would double the memory
+            if total.ndim == 2:
+                mirror(total)
         self.tokens = 1  # they are means now, and stay so in a second call
         return {n: (self.hh[self.owner[n]], self.dd[n]) for n in self.dd}
 
     def first_token_share(self) -> dict[str, float]:
         """Part of Tr Σ_h that stands at the first token (BOS), which can be most of it."""
-        share = {n: (self.first[n] / hh.trace()).item() for n, hh in self.hh.items()}
+        share = {n: (self.first[n] / total).item() for n, total in self.norm.items()}
         return {n: share[owner] for n, owner in self.owner.items()}
 
 
 def add_outer(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
-    """sums[name] += Σ_t x_t x_tᵀ for rows (tokens, width)."""
+    """sums[name] += Σ_t x_t x_tᵀ for rows (tokens, width), right of its diagonal not yet: mirror.
+
+    In stripes of STRIPE rows that end at the diagonal, as the sum is symmetric; in wide layers
+    nearly half of the products are saved.
+    """
+    width = rows.shape[1]
     if name not in sums:
-        sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-    sums[name].addmm_(rows.T, rows)
+        sums[name] = rows.new_zeros(width, width)
+    for i in range(0, width, STRIPE):
+        j = min(i + STRIPE, width)
+        sums[name][i:j, :j].addmm_(rows[:, i:j].T, rows[:, :j])
+
+
+def mirror(total: Tensor) -> None:
+    """Copy what stands left of the stripes of add_outer to the right of the diagonal, in place."""
+    for i in range(STRIPE, len(total), STRIPE):
+        total[:i, i : i + STRIPE] = total[i : i + STRIPE, :i].T
+
+
+def add_squares(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
+    """sums[name] += Σ_t x_t², elementwise, for rows (tokens, k)."""
+    sums[name] = sums.get(name, 0) + rows.pow(2).sum(dim=0)
 
 
 @contextmanager
-def kfac_hooks(model: nn.Module, names: Iterable[str]) -> Iterator[FactorSums]:
+def kfac_hooks(model: nn.Module, names: Iterable[str],
+               along: dict[str, Directions] | None = None) -> Iterator[FactorSums]:
     """Record h and δ of the named linear layers during forward and backward passes.
+
+    Of a layer in `along` only what they are along its singular vectors.
 
     All parameters are frozen meanwhile, so a backward pass computes no weight gradient, and the
     forward pass keeps no graph below the first named layer: that layer's output is made the
     leaf at which the graph begins. Hooks, requires_grad and train mode are always restored.
     """
-    sums = FactorSums()
+    sums = FactorSums(along or {})
     wanted_grad = [(p, p.requires_grad) for p in model.parameters()]
     handles = []
 
@@ -224,18 +264,22 @@ def quiet(items: Iterable, **_: Any) -> Iterable:
 
 def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = summed_loss,
           keep_on: torch.device | str | None = None, progress: Callable[..., Iterable] = quiet,
+          along: Callable[[str], Directions | None] = lambda name: None
           ) -> Iterator[tuple[Factors, dict[str, float]]]:
     """kfac_factors block by block, from the last to the first, in the memory of one block.
 
     As activation checkpointing does it: a forward pass without a graph keeps what goes into each
     block, on the device `keep_on` (None: where it is). Then each block in turn, for all batches,
     runs alone from its kept input and backward from the gradient that the block above handed
-    down. Two forward passes and one backward in all, whatever the number of blocks.
+    down. Two forward passes (the last block: one) and one backward in all, whatever the number of
+    blocks. `along`, asked of each layer before its block runs, gives its singular vectors U and Vh
+    where λ and γ are all that is wanted of it.
 
-    Yields for each block ({name: (Σ_h, Σ_δ)}, {name: share of the first tokens in Tr Σ_h}); what
-    the caller pops from the first dict and drops is freed before the next block begins. Between
-    two blocks the model is as it was. `model` offers `enter`, `blocks` and `loss(..., hidden=)`
-    (see model.CausalLM). Raises ValueError when there is no token or a name stands in no block.
+    Yields for each block ({name: (Σ_h, Σ_δ) or (λ, γ)}, {name: share of the first tokens in
+    Tr Σ_h}); what the caller pops from the first dict and drops is freed before the next block
+    begins. Between two blocks the model is as it was. `model` offers `enter`, `blocks` and
+    `loss(..., hidden=)` (see model.CausalLM). Raises ValueError when there is no token or a name
+    stands in no block.
     """
     by_block = names_by_block(names)
     if max(by_block, default=0) >= len(model.blocks):
@@ -246,7 +290,7 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     for i in progress(range(len(model.blocks) - 1, lowest - 1, -1), desc="K-FAC by block"):
         # Not kept in a name here: that would hold the factors while the next block runs.
         yield run_block(model, i, by_block.get(i, []), batches, contexts, inputs.pop(), gradients,
-                        loss, i == lowest, keep_on)
+                        loss, i == lowest, keep_on, along)
 
 
 @torch.no_grad()
@@ -260,16 +304,18 @@ def block_inputs(model: Any, batches: Iterable[Batch], lowest: int,
         for batch in batches:
             x, context = model.enter(batch)
             contexts.append(context)
-            for i, block in enumerate(model.blocks):
+            for i in range(len(model.blocks)):
+                if i > 0:  # so that the last block, whose output nobody needs, does not run
+                    x = model.blocks[i - 1](x, *context)
                 if i >= lowest:
                     inputs[i - lowest].append(x if keep_on is None else x.to(keep_on))
-                x = block(x, *context)
     return inputs, contexts
 
 
 def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contexts: list[tuple],
               inputs: list[Tensor], gradients: list[Any], loss: Loss, lowest: bool,
-              keep_on: torch.device | str | None) -> tuple[Factors, dict[str, float]]:
+              keep_on: torch.device | str | None, along: Callable[[str], Directions | None]
+              ) -> tuple[Factors, dict[str, float]]:
     """Block i forward and backward on all batches, with hooks on its named layers: what sweep
     yields.
 
@@ -278,7 +324,8 @@ def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contex
     the lowest block.
     """
     last = i == len(model.blocks) - 1
-    with kfac_hooks(model, names) as sums:
+    known = {n: directions for n in names if (directions := along(n)) is not None}
+    with kfac_hooks(model, names, known) as sums:
         for b, batch in enumerate(batches):
             sums.start(batch["attention_mask"])
             device = batch["input_ids"].device
@@ -369,9 +416,20 @@ def allocate_ranks(I: dict[str, float], r_avg: float, r_min: int,  # noqa: E741
 def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 13: W = U diag(S) Vh with k = min(m, n): U (m, k), S (k,) falling, Vh (k, n).
 
-    In fp32 at least: bf16 has no SVD, and its 8 bits would mix the lowest directions.
+    In fp32 at least: bf16 has no SVD, and its 8 bits would mix the lowest directions. A large
+    oblong W is first brought to its square factor: Wᵀ = Q Rᵀ, R = U Σ Zᵀ, Vᵀ = Zᵀ Qᵀ (R-SVD; Chan,
+    1982), as accurate as the direct way and more than twice as fast.
     """
-    return torch.linalg.svd(at_least_fp32(W), full_matrices=False)
+    W = at_least_fp32(W)
+    m, n = W.shape
+    if min(m, n) < SMALL or max(m, n) < 1.5 * min(m, n):
+        return torch.linalg.svd(W, full_matrices=False)
+    if m > n:
+        V, S, Uh = svd(W.T)
+        return Uh.T, S, V.T
+    Q, R = torch.linalg.qr(W.T)
+    U, S, Zh = torch.linalg.svd(R.T)
+    return U, S, Zh @ Q.T
 
 
 def lam_gam(U: Tensor, Vh: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor
@@ -465,7 +523,7 @@ class Budget:
 class Measurement:
     """What the sweep leaves of one linear layer W (m, n): k candidates, falling in score."""
 
-    importance: float  # I, Eq. 8
+    importance: float | None  # I, Eq. 8; None in deep layers, whose rank does not depend on it
     U: Tensor  # (m, k)
     S: Tensor  # (k,)
     Vh: Tensor  # (k, n)
@@ -479,7 +537,7 @@ class Adapter:
     A: Tensor  # (r, n)
     B: Tensor  # (m, r)
     shallow: bool
-    importance: float  # I, Eq. 8
+    importance: float | None  # I, Eq. 8; None in deep layers
     r_raw: float | None  # Eq. 11; None in deep layers
     first_token_share: float
 
@@ -492,35 +550,61 @@ class Adapter:
 def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
             loss: Loss = summed_loss, keep_on: torch.device | str | None = None,
             progress: Callable[..., Iterable] = quiet) -> dict[str, Measurement]:
-    """First step: every named layer's importance and scored directions; the model stays as it is.
+    """First step: every layer's scored directions and, of a shallow one, its importance.
 
-    A shallow layer's rank depends on the importance of all shallow layers, which is known only
-    after the last of them; until then a layer keeps as many candidate directions as its rank can
-    possibly need, from the end that its depth decides, and its factors go. Candidates are on the
-    CPU, in fp32 (fp64 for an fp64 model). Raises ValueError for factors that are not finite and
-    for a layer that has an adapter already. `keep_on` and `progress` (which wraps loops as tqdm
-    does) are those of `sweep`.
+    Of a deep layer λ and γ are all that is needed: it is decomposed before its block runs, and no
+    factor of it is formed. A shallow layer's rank depends on the importance of all shallow layers,
+    which is known only after the last of them. Until then a layer keeps as many candidates as its
+    rank can possibly need, from the end that its depth decides. The model stays as it is.
+    Candidates are on the CPU, in fp32 (fp64 for an fp64 model). Raises ValueError for weights,
+    activations or gradients that are not finite and for a layer that has an adapter already.
+    `keep_on` and `progress` (which wraps loops as tqdm does) are those of `sweep`.
     """
     for name in names:
         if not isinstance(model.get_submodule(name), nn.Linear):
             raise ValueError(f"{name} is no plain nn.Linear: it has an adapter; merge() it first")
     found: dict[str, Measurement] = {}
-    for factors, share in sweep(model, batches, names, loss, keep_on, progress):
+    decomposed: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # deep layers of the present block
+
+    def along(name: str) -> Directions | None:
+        if budget.is_shallow(name):
+            return None
+        W = model.get_submodule(name).weight
+        if not W.isfinite().all():
+            raise ValueError(f"the weight of {name} is not finite")
+        decomposed[name] = svd(W)
+        return decomposed[name][0], decomposed[name][2]
+
+    for factors, share in sweep(model, batches, names, loss, keep_on, progress, along):
         for name in list(factors):
-            W = model.get_submodule(name).weight
-            found[name] = measure_layer(name, W, *factors.pop(name), budget, share[name])
+            if name in decomposed:
+                found[name] = candidates(name, *decomposed.pop(name), *factors.pop(name), budget,
+                                         share[name])
+            else:
+                W = model.get_submodule(name).weight
+                found[name] = measure_layer(name, W, *factors.pop(name), budget, share[name])
     return {name: found[name] for name in names}
 
 
 def measure_layer(name: str, W: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor, budget: Budget,
                   first_token_share: float) -> Measurement:
-    """Eq. 8 and 13-15 for one layer: its importance, and its candidates by score."""
+    """Eq. 8 and 13-15 for one layer from its factors: its importance, and its candidates."""
     importance = fisher_importance(W, Sigma_h, Sigma_delta)
     if not math.isfinite(importance):
         raise ValueError(f"importance of {name} is {importance}: the weight, an activation or a "
                          "gradient is not finite")
     U, S, Vh = svd(W)
-    s = direction_scores(S, *lam_gam(U, Vh, Sigma_h, Sigma_delta))
+    return candidates(name, U, S, Vh, *lam_gam(U, Vh, Sigma_h, Sigma_delta), budget,
+                      first_token_share, importance)
+
+
+def candidates(name: str, U: Tensor, S: Tensor, Vh: Tensor, lam: Tensor, gam: Tensor,
+               budget: Budget, first_token_share: float, importance: float | None = None
+               ) -> Measurement:
+    """Eq. 15-17: the directions by score, as many as the layer's rank can possibly need."""
+    s = direction_scores(S, lam, gam)
+    if not s.isfinite().all():
+        raise ValueError(f"a score of {name} is not finite: an activation or a gradient is not")
     index = select_directions(direction_order(s), min(budget.most(name), len(S)),
                               budget.lowest(name))
     return Measurement(importance, U[:, index].cpu(), S[index].cpu(), Vh[index].cpu(),
@@ -534,7 +618,8 @@ def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: fl
     Layers in the shallow blocks get their lowest-scoring directions, all others their highest, or
     what `budget.end` says; a rank is at most min(m, n).
     """
-    shallow = {n: x.importance for n, x in measured.items() if budget.is_shallow(n)}
+    shallow = {n: x.importance for n, x in measured.items()
+               if budget.is_shallow(n) and x.importance is not None}
     r_raw = raw_ranks(shallow, budget.r_avg)
     ranks = allocate_ranks(shallow, budget.r_avg, budget.r_min, budget.r_max)
     adapters = {}

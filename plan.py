@@ -229,8 +229,12 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
         return {"weights": element_size(s) * parameters, "covariances of a block": 4 * numbers,
                 "kept inputs": kept_inputs(s, config, tokens) // config.num_hidden_layers}
     numbers += sum(m * m for m, _ in shapes.values())
+    directions = sum(min(m, n) * (m + n) for m, n in shapes.values())
+    held = {"factors of a block": 4 * numbers if s.budget.shallow else 0,
+            "directions of a block": 4 * directions}  # U and V, in deep blocks
+    most = max(held, key=lambda part: held[part])
     return {"weights": element_size(s) * parameters,
-            "factors of a block": 4 * numbers,
+            most: held[most],
             "activations of a block": CALIBRATION_BATCH * s.max_length * block_activations(
                 s, config) + 3 * 2**28,
             "kept inputs": kept_inputs(s, config, tokens)}

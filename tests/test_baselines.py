@@ -395,6 +395,15 @@ def covariances(model):
     return {n: x for found in B.covariance_sweep(model, batches, names) for n, x in found.items()}
 
 
+def test_covariances_in_stripes_are_the_same(monkeypatch):
+    model = tiny_llama(1, num_hidden_layers=1)
+    expected = covariances(model)
+    monkeypatch.setattr(farss, "STRIPE", 10)
+    for name, found in covariances(model).items():
+        torch.testing.assert_close(found, expected[name])
+        assert found.equal(found.T)
+
+
 def calibration():
     return [data.collate(examples()[:4]), data.collate(examples()[4:])]
 

@@ -424,7 +424,9 @@ def test_eq12_refuses_impossible_ranks(r_min, r_avg, r_max):
 
 
 @shapes
-def test_eq13_singular_value_decomposition(m, n):
+@pytest.mark.parametrize("small", [farss.SMALL, 1])  # 1: oblong ones by way of QR, as large ones
+def test_eq13_singular_value_decomposition(monkeypatch, m, n, small):
+    monkeypatch.setattr(farss, "SMALL", small)
     W, k = random(m, n), min(m, n)
     U, S, Vh = farss.svd(W)
     assert (U.shape, S.shape, Vh.shape) == ((m, k), (k,), (k, n))
@@ -434,6 +436,20 @@ def test_eq13_singular_value_decomposition(m, n):
     close(U.T @ U, torch.eye(k, dtype=torch.float64))
     close(Vh @ Vh.T, torch.eye(k, dtype=torch.float64))
     close(U @ S.diag() @ Vh, W)
+
+
+@pytest.mark.parametrize("m, n", [(12, 30), (30, 12)])
+def test_eq13_by_way_of_qr_is_as_accurate_at_the_bottom(monkeypatch, m, n):
+    """σ down to 1e-6 σ_1 and two of 0, in fp32: still orthonormal, where σ² would be lost."""
+    monkeypatch.setattr(farss, "SMALL", 1)
+    U, _, Vh = torch.linalg.svd(random(m, n), full_matrices=False)
+    sigma = torch.logspace(0, -6, 12, dtype=torch.float64) * (torch.arange(12) < 10)
+    W = (U * sigma @ Vh).float()
+    U, S, Vh = farss.svd(W)
+    for Q in (U.T @ U, Vh @ Vh.T):
+        torch.testing.assert_close(Q, torch.eye(12), rtol=0, atol=2e-6)
+    torch.testing.assert_close(S.double(), sigma, rtol=0, atol=5e-7)
+    torch.testing.assert_close(U * S @ Vh, W, rtol=0, atol=1e-6)
 
 
 def test_eq13_of_a_bf16_weight_is_taken_in_fp32():

@@ -332,6 +332,47 @@ def test_sweep_gives_the_factors_of_the_whole_model(setting, targets):
         assert share == pytest.approx(sums.first_token_share())
 
 
+@pytest.mark.parametrize("setting", [{}, dict(attention_bias=True), MISTRAL, GEMMA2],
+                         ids=["plain", "biases", "mistral", "gemma2"])
+def test_sweep_along_directions_gives_their_lam_and_gam_and_no_factor(setting):
+    """Of every second layer, so that q, k, v and gate, up have one of each kind between them."""
+    model = llama64(num_hidden_layers=3, **setting)
+    names = M.linear_names(model, SEVEN)
+    usv = {n: farss.svd(model.get_submodule(n).weight.detach()) for n in names[::2]}
+    asked = []
+
+    def along(name):
+        asked.append(name)
+        return (usv[name][0], usv[name][2]) if name in usv else None
+
+    found, share = by_sweep(model, two_batches(), names, along=along)
+    factors, expected_share = by_sweep(model, two_batches(), names)
+    assert sorted(asked) == sorted(names) and share == pytest.approx(expected_share)
+    for name in names:
+        expected = factors[name] if name not in usv else farss.lam_gam(
+            usv[name][0], usv[name][2], *factors[name])
+        for mine, theirs in zip(found[name], expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("width", [1, 4, 5, 12, 13])
+def test_a_symmetric_sum_in_stripes_is_the_whole_sum(monkeypatch, width):
+    monkeypatch.setattr(farss, "STRIPE", 4)
+    rows, sums = torch.randn(2, 7, width, dtype=torch.float64), {}
+    for part in rows:
+        farss.add_outer(sums, "x", part)
+    farss.mirror(sums["x"])
+    close(sums["x"], torch.einsum("bti,btj->ij", rows, rows))
+
+
+def test_wide_layers_give_the_same_factors_in_stripes(monkeypatch):
+    model = llama64()
+    names = M.linear_names(model, SEVEN)
+    expected = farss.kfac_factors(model, two_batches(), names)
+    monkeypatch.setattr(farss, "STRIPE", 10)
+    same_factors(farss.kfac_factors(model, two_batches(), names), expected)
+
+
 @pytest.mark.parametrize("blocks", [[0], [1], [2], [0, 2]])
 def test_sweep_over_some_blocks_only(blocks):
     model = llama64(num_hidden_layers=3)
@@ -381,7 +422,7 @@ def test_a_name_beyond_the_last_block_is_an_error():
         list(farss.sweep(tiny_llama(), two_batches(), ["model.layers.7.mlp.up_proj"]))
 
 
-def test_sweep_runs_every_block_twice_forward_and_once_backward():
+def test_sweep_runs_every_block_but_the_last_twice_forward_and_all_once_backward():
     model, counts = tiny_llama(num_hidden_layers=5), {}
     for i, block in enumerate(model.blocks):
         counts[i] = [0, 0]
@@ -394,7 +435,7 @@ def test_sweep_runs_every_block_twice_forward_and_once_backward():
         block.register_forward_hook(forward)
     batches = [*two_batches(), *two_batches()]
     by_sweep(model, batches, M.linear_names(model, SEVEN))
-    assert counts == {i: [2 * len(batches), len(batches)] for i in range(5)}
+    assert counts == {i: [(1 if i == 4 else 2) * len(batches), len(batches)] for i in range(5)}
 
 
 def living(size):
@@ -405,9 +446,10 @@ def living(size):
 
 
 def test_nothing_of_a_block_survives_its_turn():
-    """Factors are the largest tensors here, four Σ_h and seven Σ_δ a block. A turn begins with the
-    kept inputs of the blocks to come, one gradient a batch, and no factor; within it there is one
-    block's worth of factors once, and the inputs that are used up are gone."""
+    """Factors are the largest tensors here, four Σ_h and seven Σ_δ a block; in deep blocks U and V.
+    A turn begins with the kept inputs of the blocks to come, one gradient a batch, no factor, and
+    the block's own U and V; within it there is one block's worth of factors once, and the inputs
+    that are used up are gone."""
     blocks, batches = 6, two_batches() * 3
     model = tiny_llama(num_hidden_layers=blocks, intermediate_size=33)
     size = 16 * 16  # k and v have the smallest factors
@@ -417,11 +459,12 @@ def test_nothing_of_a_block_survives_its_turn():
     gc.freeze()
     farss.measure(model, batches, M.linear_names(model, SEVEN), farss.Budget(1, 2, 1, 1, 2))
     gc.unfreeze()
-    turns = [seen[k : k + 6] for k in range(6 * blocks, 12 * blocks, 6)]
+    turns = [seen[k : k + 6] for k in range(6 * (blocks - 1), len(seen), 6)]
     for below, turn in zip(range(blocks - 1, -1, -1), turns, strict=True):
         gradients = 6 if below < blocks - 1 else 0
-        assert turn[0] == 6 * (below + 1) + gradients
-        assert turn[-1] <= 6 * below + 6 + 11 + 4
+        assert turn[0] == 6 * (below + 1) + gradients + (14 if below >= 1 else 0)
+        held = 11 if below < 1 else 14 + 4  # factors, or U and V of seven layers
+        assert turn[-1] <= 6 * below + 6 + held + 4
 
 
 @pytest.mark.parametrize("at", [1, 7, 12, 20, 30])
@@ -523,7 +566,7 @@ def test_initialise_equals_the_paper_written_out(change, scaling):
         assert layer.rank == rank == layer.A.shape[0] == layer.B.shape[1]
         close(scaling * layer.B @ layer.A, torch.from_numpy(product))
         close(layer.B.T @ layer.B, layer.A @ layer.A.T)  # √σ on either side
-        assert layer.importance == pytest.approx(importance)
+        assert layer.importance == (pytest.approx(importance) if layer.shallow else None)
         assert layer.shallow == (farss.block_index(name) < options["shallow"])
         assert (layer.r_raw is None) == (not layer.shallow)
     raw = [layer.r_raw for layer in layers.values() if layer.shallow]

@@ -218,7 +218,7 @@ def test_a_variant_differs_from_farss_in_exactly_what_it_says(method, ranks, low
         shallow = farss.block_index(name) < 2
         r = plain[name]["r"] if ranks == "adaptive" else 4
         assert report[name]["r"] == len(layers[name].A) == r
-        assert report[name]["I"] == plain[name]["I"]
+        assert report[name]["I"] == (plain[name]["I"] if report[name]["shallow"] else None)
         assert report[name]["shallow"] == (shallow and ranks == "adaptive")
         at = slice(-r, None) if low[not shallow] else slice(r)
         torch.testing.assert_close(layers[name].B @ layers[name].A, U[:, at] * S_[at] @ Vh[at],
