@@ -11,6 +11,7 @@ The benchmarks (rows of benchmarks.py), by the group that they measure:
 """
 
 import argparse
+import csv
 import hashlib
 import json
 import math
@@ -47,13 +48,7 @@ from settings import (
     use_threads,
 )
 
-# Printed scores (%) of the untouched and the fully fine-tuned models: Tables 2a and 10.
-PAPER_SCORES = {
-    ("llama2-7b", "math"): (dict(nq_open=14.99, webqs=5.86), dict(gsm8k=50.19)),
-    ("mistral-7b-v0.3", "math"): (dict(nq_open=20.53, webqs=8.46), dict(gsm8k=67.55)),
-    ("llama3-8b", "math"): (dict(nq_open=13.71, webqs=13.73), dict(gsm8k=77.78)),
-    ("llama2-13b", "math"): (dict(nq_open=23.66, webqs=11.42), dict(gsm8k=64.67)),
-}
+PAPER_TABLES = Path(__file__).resolve().parent / "notebooks" / "tables"
 
 # ----------------------------------------------------------------------------- Eq. 36-38 and Avg
 
@@ -86,6 +81,20 @@ def task_score(tuned: dict[str, float], full: dict[str, float]) -> float:
 def harmonic_mean(K: float, T: float) -> float:
     """Eq. 38: KT = 2 K T / (K + T); 0 if both are 0, NaN if either is undefined."""
     return 0.0 if K == T == 0 else 2 * K * T / (K + T)
+
+
+def summary_metrics(scores: dict[str, float], before: dict[str, float], full: dict[str, float]
+                    ) -> dict[str, float]:
+    """Avg of all scores; K over the benchmarks of `before` (untouched), T over those of `full`
+    (full fine-tuning), each where there are any, and KT where there is both."""
+    found = {"Avg": sum(scores.values()) / len(scores)}
+    if before:
+        found["K"] = knowledge_score({b: scores[b] for b in before}, before)
+    if full:
+        found["T"] = task_score({b: scores[b] for b in full}, full)
+    if before and full:
+        found["KT"] = harmonic_mean(found["K"], found["T"])
+    return found
 
 
 # ------------------------------------------------------------------------------------ protocols
@@ -420,13 +429,35 @@ def kept_benchmarks(out: Path, results: dict, again: list[str]) -> dict[str, dic
     return {b: r for b, r in old["benchmarks"].items() if b in BENCHMARKS and b not in again}
 
 
+def paper_tables() -> dict[str, list[dict[str, str]]]:
+    """The paper's tables ("01", "02a", ...): their rows by column, as printed, "" where nothing
+    is."""
+    tables = {}
+    for path in sorted(PAPER_TABLES.glob("table_*.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            tables[path.stem.removeprefix("table_")] = list(csv.DictReader(file))
+    return tables
+
+
+def paper_references(model: str, task: str) -> tuple[dict[str, str], dict[str, str]] | None:
+    """The rows of a model before and after full fine-tuning in the table that has both for the
+    task; None without one."""
+    for table in paper_tables().values():
+        rows = {row.get("method"): row for row in table
+                if (row.get("model"), row.get("task")) == (model, task)}
+        if "origin" in rows and "Full fine-tuning" in rows:
+            return rows["origin"], rows["Full fine-tuning"]
+    return None
+
+
 def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
     """The paper's scores of a model before and after full fine-tuning; UserError without any."""
-    row = PAPER_SCORES.get((name_of(about), task_of(about)))
-    if row is None:
+    rows = paper_references(name_of(about), task_of(about))
+    if rows is None:
         raise UserError(f"the paper prints no scores of {about['model']} for {about['task']}; "
                           "give a results file")
-    return row
+    before, full = ({b: float(row[b]) for b in BENCHMARKS if row.get(b)} for row in rows)
+    return before, full
 
 
 def reference(results: dict, source: str | Path, which: int, benchmarks: list[str]
@@ -442,6 +473,9 @@ def reference(results: dict, source: str | Path, which: int, benchmarks: list[st
                        ("scoring", "official")) if mine.get(key) not in (None, papers)]
             if unlike:
                 print(f"note: the paper's {b} was scored otherwise than here: {', '.join(unlike)}")
+            if b not in row[which]:
+                raise UserError(f"the paper prints no {b} of {results['model']}; give a results "
+                                "file")
         return {b: row[which][b] for b in benchmarks}
     whole = read_results(source)
     check_comparable(results, whole, source, benchmarks)
@@ -480,14 +514,9 @@ def summarise(results: dict, base: str | Path | None, full: str | Path | None
               for b, r in results["benchmarks"].items()}
     task_row = data.TASKS[task_of(results)]
     known, task = of_group(scores, task_row.knowledge), of_group(scores, task_row.group)
-    summary: dict[str, float] = {"Avg": sum(scores.values()) / len(scores)}
-    if base and known:
-        summary["K"] = knowledge_score({b: scores[b] for b in known},
-                                       reference(results, base, 0, known))
-    if full and task:
-        summary["T"] = task_score({b: scores[b] for b in task}, reference(results, full, 1, task))
-    if "K" in summary and "T" in summary:
-        summary["KT"] = harmonic_mean(summary["K"], summary["T"])
+    before = reference(results, base, 0, known) if base and known else {}
+    whole = reference(results, full, 1, task) if full and task else {}
+    summary = summary_metrics(scores, before, whole)
     return {k: None if math.isnan(v) else v for k, v in summary.items()}
 
 

@@ -200,7 +200,7 @@ def result(score, benchmark="gsm8k", **more):
             "max_new_tokens": None} | more
 
 
-def test_summary_against_files_and_paper(tmp_path, capsys):
+def test_summary_against_files_and_paper(tmp_path, monkeypatch):
     mine = {"model": "llama2-7b", "task": "math", "benchmarks": {
         "gsm8k": result(50.94), "nq_open": result(5.01), "webqs": result(8.37)}}
     summary = E.summarise(mine, "paper", "paper")
@@ -218,6 +218,9 @@ def test_summary_against_files_and_paper(tmp_path, capsys):
         E.summarise(mine, None, str(base))
     with pytest.raises(C.UserError, match="the paper prints no scores of tiny"):
         E.summarise(mine | {"model": "tiny"}, "paper", None)
+    with pytest.raises(C.UserError, match="the paper prints no gsm8k of tiny"):
+        monkeypatch.setattr(E, "paper_references", lambda *_: ({"nq_open": "1.0"}, {"gsm8k": ""}))
+        E.summarise(mine | {"model": "tiny"}, None, "paper")
     shown = "\n".join(E.table([mine | {"method": "farss", "trainable": 271e6, "summary": {
         "Avg": 21.0, "K": None, "T": 1.01}}]))
     assert "undefined" in shown and "271.00M" in shown and "50.94" in shown
