@@ -258,8 +258,9 @@ PRESETS: dict[tuple[str | None, str], Preset] = {
               "farss": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
               **dict.fromkeys(("farss-top", "all-high", "pissa", "corda-ipm"),
                               (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
-              **dict.fromkeys(("lora", "milora", "corda-kpm", "lora-null", "lora-null-v2", "kasa",
-                               "farss-init"), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))}),
+              **dict.fromkeys(("lora", "milora", "corda-kpm", "lora-null", "kasa", "farss-init"),
+                              (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+              "lora-null-v2": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)}),
 }
 
 
