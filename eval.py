@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import figures
 import model as M
 from baselines import METHODS
 from benchmarks import BENCHMARKS, Benchmark, accuracy, of_group, of_task
@@ -280,7 +281,12 @@ def validator(model: M.Model, tokenizer: checkpoint.Tokenizer, asked: dict[str, 
               ) -> Callable[[], dict[str, float | None]]:
     """A function that scores the model, as it then is, on these questions of benchmarks."""
     evaluator = Evaluator(model, tokenizer)
-    return lambda: {b: score_of(b, evaluator.ask(b, q)) for b, q in asked.items()}
+
+    def scores() -> dict[str, float | None]:
+        with M.evaluating(model):
+            return {b: score_of(b, evaluator.ask(b, q)) for b, q in asked.items()}
+
+    return scores
 
 
 def score_of(name: str, records: list[dict]) -> float | None:
@@ -596,9 +602,12 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
     parser.add_argument("--table", nargs="+", metavar="RUN", help="print a table of finished "
                         "results and stop")
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw finished runs "
+                        "(K against T, forgetting on the way, ranks, spectra, loss) and stop; "
+                        "pictures of several runs go into --out")
     args = parser.parse_args(argv)
-    if (args.target is None) == (args.table is None):
-        parser.error("give one run or model, or --table RUN ...")
+    if [args.target, args.table, args.plot].count(None) != 2:
+        parser.error("give one run or model, --table RUN ... or --plot RUN ...")
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -645,10 +654,47 @@ def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: 
     return found, records
 
 
+def plot(runs: list[Path], out: Path) -> Iterable[Path]:
+    """Draw what finished runs have to show; yields each picture's path. UserError without any."""
+    pyplot = figures.plotting()
+    if pyplot is None:
+        raise UserError(figures.MISSING)
+    for run in runs:
+        if not is_run(run):
+            raise UserError(f"{run}: no run of train.py")
+        yield from figures.draw_run(pyplot, run)
+    rows = [row for run in runs if (row := tradeoff_row(run)) is not None]
+    curves = {run.name: lines for run in runs
+              if (lines := [line for line in figures.read_log(run) if "scores" in line])}
+    if rows or curves:
+        out.mkdir(parents=True, exist_ok=True)
+    if rows:
+        figures.draw_tradeoff(pyplot, rows, out / "tradeoff.png")
+        yield out / "tradeoff.png"
+    if curves:
+        groups = {b: BENCHMARKS[b].group for lines in curves.values() for b in lines[0]["scores"]}
+        figures.draw_curves(pyplot, curves, groups, out / "curves.png")
+        yield out / "curves.png"
+
+
+def tradeoff_row(run: Path) -> dict[str, Any] | None:
+    """Method, lr, K and T of an evaluated run; None where it has no K or no T."""
+    if not (run / "results.json").exists():
+        return None
+    results = read_results(run)
+    K, T = (results["summary"].get(key) for key in ("K", "T"))
+    return None if K is None or T is None else {
+        "method": results["method"], "lr": results["settings"]["lr"], "K": K, "T": T}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = evaluation_arguments(argv)
     if args.table:
         print("\n".join(table([read_results(run) for run in args.table])))
+        return
+    if args.plot:
+        for path in plot(args.plot, args.out or Path("runs") / "plots"):
+            print(path)
         return
     target = find_target(args.target, args.base)
     about = target.about

@@ -528,6 +528,8 @@ class Measurement:
     S: Tensor  # (k,)
     Vh: Tensor  # (k, n)
     first_token_share: float  # part of Tr Σ_h at the first token
+    sigma: Tensor  # σ of all min(m, n) directions, falling
+    s: Tensor  # and their scores, fp64
 
 
 @dataclass
@@ -540,6 +542,7 @@ class Adapter:
     importance: float | None  # I, Eq. 8; None in deep layers
     r_raw: float | None  # Eq. 11; None in deep layers
     first_token_share: float
+    spectrum: Tensor  # (3, min(m, n)): σ falling, s, and 1 where the direction was taken; fp32
 
     @property
     def rank(self) -> int:
@@ -608,7 +611,7 @@ def candidates(name: str, U: Tensor, S: Tensor, Vh: Tensor, lam: Tensor, gam: Te
     index = select_directions(direction_order(s), min(budget.most(name), len(S)),
                               budget.lowest(name))
     return Measurement(importance, U[:, index].cpu(), S[index].cpu(), Vh[index].cpu(),
-                       first_token_share)
+                       first_token_share, S.cpu(), s.cpu())
 
 
 def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: float = 1.0
@@ -627,6 +630,9 @@ def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: fl
         r = min(ranks.get(name, budget.R), len(x.S))
         index = select_directions(torch.arange(len(x.S)), r, budget.lowest(name))
         A, B = adapter_from_directions(x.U, x.S, x.Vh, index, scaling)
+        taken = torch.zeros_like(x.sigma)
+        taken[select_directions(direction_order(x.s), r, budget.lowest(name))] = 1
+        spectrum = torch.stack([x.sigma.float(), x.s.float(), taken.float()])
         adapters[name] = Adapter(A, B, name in ranks, x.importance, r_raw.get(name),
-                                 x.first_token_share)
+                                 x.first_token_share, spectrum)
     return adapters

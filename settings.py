@@ -37,7 +37,8 @@ from model import (
 )
 
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
-MACHINE = ("device", "threads", "micro_batch", "checkpointing", "save_every")
+MACHINE = ("device", "threads", "micro_batch", "checkpointing", "save_every", "score_every",
+           "score_limit")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -123,6 +124,10 @@ class Settings:
     checkpointing: bool = setting(None, "recompute activations in the backward pass (default: "
                                         "only if memory needs it)")
     save_every: int = setting(200, "steps between checkpoints")
+    score_every: int = setting(None, "also score the task's benchmarks every so many steps, on "
+                                     "--score-limit questions each: what is forgotten on the way "
+                                     "(eval.py --plot draws it)")
+    score_limit: int = setting(50, "questions of each benchmark for --score-every")
 
     @property
     def how(self) -> Method:
@@ -508,6 +513,8 @@ def check(s: Settings, config: Config) -> None:
     if FAMILIES[config.model_type].encoder and s.max_length > config.longest:
         raise UserError(f"--max-length {s.max_length}: {s.model} has positions for "
                         f"{config.longest} tokens")
+    if s.score_every and data.TASKS[s.task].classes:
+        raise UserError(f"--score-every: {s.task} is scored after every epoch as it is")
     try:
         names = s.layers(empty(config))
         if s.how.adaptive:
