@@ -16,6 +16,7 @@ from sandbox import LAYERS, Limits, run, run_all
 REPO = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux only")
 SHORT = Limits(seconds=1.2, memory=400 << 20)
+PATIENT = SHORT._replace(seconds=60)  # for what ends by itself, on a busy machine
 
 
 def left_over(folder):
@@ -86,20 +87,23 @@ ATTACKS = {
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(place, name):
     program, word = ATTACKS[name]
-    outcome = run(program, SHORT)
+    patient = word and "timed out" not in word
+    outcome = run(program, PATIENT if patient else SHORT)
     assert not outcome.passed and word in outcome.why
 
 
 def test_fork_bomb(place, notes):
     if "number of processes" in notes:
         pytest.skip("this system does not limit the processes of root")
-    bomb = ("import os, time\nforks, stop = 0, time.time() + 0.7\nwhile time.time() < stop:\n"
-            " try:\n  if os.fork():\n   forks += 1\n except BlockingIOError: pass\n"
-            "print(forks, flush=True)\nwhile True: pass")
-    outcome = run(bomb, SHORT._replace(processes=20))
-    assert outcome.why == "timed out after 1.2 s" and not left_over(place)
-    # Each process prints its number of forks, and those of the tree are at most the limit.
-    assert 0 < max(map(int, outcome.output.split())) <= 20
+    # The first process leaves after a while, and all others go on.
+    bomb = ("import os, sys, time\nfirst, forks, stop = os.getpid(), 0, time.time() + 0.7\n"
+            "while time.time() < stop or os.getpid() != first:\n try:\n  if os.fork():\n"
+            "   forks += 1\n except BlockingIOError: pass\nprint(forks)\nsys.exit(0)")
+    outcome = run(bomb, PATIENT._replace(processes=20))
+    assert outcome.why == "SystemExit: 0" and not left_over(place)
+    assert 0 < int(outcome.output) < 20
+    assert run("while True:\n try: __import__('os').fork()\n except OSError: pass",
+               SHORT._replace(processes=20)).why == "timed out after 1.2 s"
 
 
 @pytest.mark.parametrize("layers", [LAYERS, ("user",), ("landlock",), ()], ids=repr)
@@ -110,8 +114,8 @@ def test_children_that_left_the_group_are_killed(place, layers):
                "  if os.fork() == 0:\n   os.setsid()\n   time.sleep(99)\n  time.sleep(99)\n"
                "time.sleep(0.2)\n")
     began = time.monotonic()
-    assert run(program, Limits(seconds=20, layers=layers)).passed
-    assert not left_over(place) and time.monotonic() - began < 10
+    assert run(program, PATIENT._replace(layers=layers)).passed
+    assert not left_over(place) and time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("target", ["os.getppid()", "-os.getpgid(os.getppid() or 0)", "parent"])
@@ -120,7 +124,7 @@ def test_parent_lives(place, notes, target):
     if "can kill" in notes:
         pytest.skip("this system does not keep the programs from killing")
     program = f"import os, sys\nparent = {os.getpid()}\nos.kill({target}, 9)\nsys.exit(0)"
-    assert not run(program, SHORT).passed
+    assert not run(program, PATIENT).passed
     assert run("").passed
 
 
@@ -146,7 +150,7 @@ def test_files_outside_are_unharmed(place, act):
     mine = outside / "file"
     mine.write_text("mine")
     os.chmod(mine, 0o666)
-    outcome = run(f"import os\npath = {str(mine)!r}\n{act}", SHORT)
+    outcome = run(f"import os\npath = {str(mine)!r}\n{act}", PATIENT)
     assert "PermissionError" in outcome.why or "Invalid cross-device" in outcome.why
     assert mine.read_text() == "mine" and os.listdir(outside) == ["file"]
 
@@ -155,7 +159,7 @@ def test_files_of_root_are_unharmed_without_landlock(place):
     if os.geteuid() or run("").notes:
         pytest.skip("for root where it can take another user")
     (place / "file").write_text("mine")
-    outcome = run(f"open({str(place / 'file')!r}, 'w')", SHORT._replace(layers=("user",)))
+    outcome = run(f"open({str(place / 'file')!r}, 'w')", PATIENT._replace(layers=("user",)))
     assert "PermissionError" in outcome.why and (place / "file").read_text() == "mine"
 
 
@@ -165,12 +169,12 @@ def test_no_network(place, layers):
         call = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}))"
         if "the network is open to the programs" in run("", Limits(layers=layers)).notes:
             pytest.skip(f"no {layers[0]} against the network here")
-        assert run(call, SHORT._replace(layers=())).passed  # there is something to reach
-        assert "OSError" in (why := run(call, SHORT._replace(layers=layers)).why) or "Error" in why
+        assert run(call, PATIENT._replace(layers=())).passed  # there is something to reach
+        assert "Error: [Errno" in run(call, PATIENT._replace(layers=layers)).why
 
 
 def test_cpu_time(place):
-    outcome = run("while True: pass", Limits(seconds=20, cpu_seconds=1))
+    outcome = run("while True: pass", PATIENT._replace(cpu_seconds=1))
     assert outcome.why == "used more than 1 s of CPU time"
 
 
@@ -212,13 +216,13 @@ GIVEN = {
 def test_given(place, notes, monkeypatch, name):
     monkeypatch.setenv("SECRET", "x")
     program = GIVEN[name].replace("STRICT", str("processes" not in notes))
-    assert run(program, Limits(seconds=8))[:2] == (True, "passed")
+    assert run(program, PATIENT)[:2] == (True, "passed")
 
 
 def test_the_folder_goes_whatever_is_in_it(place):
     program = ("import os\nos.mkdir('shut'); open('shut/x', 'w'); os.chmod('shut', 0)\n"
                "for _ in range(1050):\n os.mkdir('d'); os.chdir('d')\n")
-    assert run(program, Limits(seconds=8)).passed  # the fixture looks for the folder
+    assert run(program, PATIENT).passed  # the fixture looks for the folder
 
 
 FAKES = {
@@ -240,18 +244,18 @@ FAKES = {
 @pytest.mark.parametrize("name", FAKES)
 def test_success_cannot_be_claimed(place, name):
     """Only the end of the program counts."""
-    assert not run(FAKES[name] + "\nimport sys; sys.exit(0)", SHORT).passed
+    assert not run(FAKES[name] + "\nimport sys; sys.exit(0)", PATIENT).passed
 
 
 def test_run_all_keeps_the_order_and_runs_side_by_side(place):
     programs = [f"import time; time.sleep({0.1 * (4 - i)}); assert {i} % 2" for i in range(4)]
     seen = []
-    outcomes = run_all(programs, Limits(seconds=8), 4, lambda each: (seen.append(o) or o
+    outcomes = run_all(programs, PATIENT, 4, lambda each: (seen.append(o) or o
                                                                      for o in each))
     assert [o.passed for o in outcomes] == [False, True, False, True] and seen == outcomes
     began = time.monotonic()
-    run_all(["import time; time.sleep(1)"] * 6, Limits(seconds=20), 6)
-    assert time.monotonic() - began < 5
+    run_all(["import time; time.sleep(2)"] * 8, PATIENT, 8)
+    assert time.monotonic() - began < 16
 
 
 def test_a_sandbox_that_cannot_be_set_up_is_an_error_and_no_verdict(place):
@@ -278,13 +282,11 @@ import os, sys, time
 sys.path.insert(0, {str(REPO)!r})
 import sandbox
 sandbox.become(sandbox.User(1_999_999_999, False))
-own = sandbox.Limits(seconds=0.7)
 for layers in (sandbox.LAYERS, ()):
-    limits = own._replace(layers=layers)
+    limits = sandbox.Limits(60, layers=layers)
     assert sandbox.run("assert 1 + 1 == 2", limits).passed
-    assert not sandbox.run("while True: pass", limits).passed
     held = sandbox.run("import os, time\\nwhile True:\\n try: os.fork()\\n except OSError: "
-                       "time.sleep(0.01)", limits)
+                       "time.sleep(0.01)", limits._replace(seconds=0.7))
     assert held.why == "timed out after 0.7 s", held
     assert sandbox.run("import os, time\\nif os.fork() == 0:\\n os.setsid(); time.sleep(99)",
                        limits).passed
