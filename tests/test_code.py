@@ -201,7 +201,8 @@ def test_eval_from_the_command_line(tmp_path, monkeypatch, capsys):
     write_checkpoint("tiny")
     Path("he.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
     Path("mbpp.json").write_text(json.dumps([MBPP | {"task_id": 83}, MBPP]))
-    monkeypatch.setattr(M, "generate", lambda model, ids, *_: [list(RIGHT.encode()) for _ in ids])
+    said = byte_tokenizer().encode(RIGHT, add_special_tokens=False).ids
+    monkeypatch.setattr(M, "generate", lambda model, ids, *_: [said for _ in ids])
     argv = ["tiny", "--benchmarks", "humaneval,mbpp", "--data", "humaneval=he.jsonl",
             "mbpp=mbpp.json", "--limit", "1"]
     E.main(argv)
