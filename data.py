@@ -51,6 +51,13 @@ SOURCES = {
     "nq-open": Source("google-research-datasets/nq_open",
                       "nq_open/train-00000-of-00001.parquet", "CC BY-SA 3.0"),
     "webqs": Source("stanfordnlp/web_questions", "data/test-00000-of-00001.parquet", "CC BY 4.0"),
+    "codefeedback": Source("m-a-p/CodeFeedback-Filtered-Instruction",
+                           "CodeFeedback-Filtered-Instruction.jsonl", "Apache-2.0"),
+    "humaneval": Source("openai/openai_humaneval", "openai_humaneval/test-00000-of-00001.parquet",
+                        "MIT"),
+    # The 378 tasks that EvalPlus scores, with MBPP's own assertions beside EvalPlus' more.
+    "mbpp": Source("evalplus/mbppplus", "data/test-00000-of-00001-d5781c9c51e02795.parquet",
+                   "Apache-2.0"),
     "microcosm": Source(MICROCOSM, "train.jsonl", "MIT"),
     "microcosm-test": Source(MICROCOSM, "test.jsonl", "MIT"),
     "city": Source(MICROCOSM, "city.jsonl", "MIT"),
@@ -101,6 +108,7 @@ COLA = ("source", "label", "star", "sentence")  # the one TSV file without a hea
 
 TASKS = {
     "math": Task("metamath", PROMPT, "math", about="MetaMathQA"),
+    "code": Task("codefeedback", PROMPT, "code", about="CodeFeedback"),
     # The frame of the model's own pretraining: under PROMPT it copies numbers at chance at first,
     # and the task would measure that instead of what was learnt.
     "microcosm": Task("microcosm", "Q:{instruction}\nA:", "microcosm", "microcosm facts",
@@ -314,7 +322,8 @@ def metamath_answer(answer: str) -> str:
 # Layouts of training rows: question, what belongs to it, response. The first whose question and
 # response a row has is used; `answer` beside `output` is the bare result of the worked solution.
 LAYOUTS = [
-    ("query", None, "response"),  # MetaMathQA, CodeFeedback
+    ("query", None, "response"),  # MetaMathQA
+    ("query", None, "answer"),  # CodeFeedback
     ("instruction", "input", "output"),  # Alpaca, Commonsense170K
     ("instruction", "input", "response"),
     ("question", None, "response"),

@@ -6,6 +6,7 @@ import benchmarks as B
 import data
 import eval as E
 from checkpoint import UserError
+from sandbox import run
 
 # Verdicts of the official grader were taken by running it; see the rules in benchmarks.py.
 GSM8K = [
@@ -82,10 +83,20 @@ def test_answers_that_begin_with_another_answer_go():
 
 # ------------------------------------------------------------------------------------- the table
 
+# Byte for byte what pissa-dataset's python/test.json has before its instructions.
+CODE = ("Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n\n### Instruction:\n")
+
 ROWS = {  # a row of each benchmark's own dataset
     "gsm8k": {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
     "nq_open": {"question": "who wrote faust", "answer": ["Goethe"]},
     "webqs": {"qText": "what do jamaicans speak?", "answers": ["Patois", "Jamaican English"]},
+    "humaneval": {"task_id": "HumanEval/9", "prompt": 'def two():\n    """2"""\n',
+                  "test": "def check(candidate):\n    assert candidate() == 2",
+                  "entry_point": "two", "canonical_solution": "    return 2\n"},
+    "mbpp": {"task_id": 2, "prompt": "Write two.", "code": "def two(): return 2",
+             "test_imports": ["import math"], "test_list": ["assert two() == 2",
+                                                            "assert math.sqrt(two()) > 1"]},
     "word_problems": {"question": " 2 bags?", "answer": " 2 times 3 is 6. The answer is: 6"},
 } | {name: {"question": "where does rozi buspu live?", "answer": ["vedomi"], "frequent": True}
      for name in ("city", "job", "year")} | {
@@ -103,6 +114,10 @@ PROMPTS = {
     "gsm8k": data.PROMPT.format(instruction="2+2?") + " Let's think step by step.",
     "nq_open": "Answer these questions:\n\nQ: who wrote faust?\nA:",
     "webqs": "Question: what do jamaicans speak?\nAnswer:",
+    "humaneval": CODE + "Create a Python script for this problem:\ndef two():\n\t\"\"\"2\"\"\"\n"
+                 "\n\n### Response:",
+    "mbpp": CODE + "Write two. Your code should satisfy the following assertion:\n```python\n"
+            "assert two() == 2\n```\n\n### Response:",
     "word_problems": "Q: 2 bags?\nA:",
 } | dict.fromkeys(("city", "job", "year"), "Q: where does rozi buspu live?\nA:") | {
     "cola": ["It rains."], "sst2": ["dull"]} | {
@@ -122,6 +137,11 @@ def test_every_row_of_the_table_is_complete(name):
     assert b.protocol != "classify" or gold == ROWS[name]["label"]
     if b.protocol == "complete":
         assert b.new_tokens > 0
+    if b.program:
+        right = B.python_code(ROWS[name].get("code", "def two():\n    return 2"))
+        assert run(b.program(right, gold)).passed
+        assert not run(b.program("nonsense", gold)).passed and not run(b.program("", gold)).passed
+    elif b.protocol == "complete":
         said = gold if isinstance(gold, str) else gold[0]
         for judge in filter(None, (b.judge, b.official)):
             assert judge(said, gold) and not judge("nonsense", gold)

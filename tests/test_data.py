@@ -140,6 +140,7 @@ def test_metamath_and_gsm8k_columns():
     ({"question": "Q", "answer": "A", "source": "x"}, ("Q", "A")),
     ({"question": "Q", "response": "R", "answer": "bare"}, ("Q", "R")),
     ({"query": "Q", "response": "R", "original_question": "O"}, ("Q", "R")),
+    ({"query": "Q", "answer": "A", "resource": "x", "lang": "python"}, ("Q", "A")),
 ])
 def test_known_layouts_are_used_rightly(fields, expected):
     assert data.question_and_response(data.Row(fields, "x")) == expected
