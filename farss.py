@@ -80,6 +80,7 @@ class FactorSums:
         self.tokens += int(self.mask.sum())
 
     def add_input(self, name: str, h: Tensor) -> None:
+        """Eq. 18: h (b, t, n), what the layer multiplies by W."""
         if name not in self.along and self.seen is not None and self.seen[0] is h:
             self.owner[name] = self.seen[1]
             return
@@ -96,6 +97,7 @@ class FactorSums:
         self.norm[name] = self.norm.get(name, 0) + real.pow(2).sum()
 
     def add_gradient(self, name: str, delta: Tensor) -> None:
+        """Eq. 19: δ = ∂L/∂y (b, t, m), the gradient at the layer's output."""
         real = at_least_fp32(delta[self.mask])  # (tokens, m)
         if name in self.along:
             add_squares(self.dd, name, real @ self.along[name][0])
@@ -206,7 +208,7 @@ def collect(sums: FactorSums, model: nn.Module, batches: Iterable[Batch],
 
 def kfac_factors(model: nn.Module, batches: Iterable[Batch], names: Iterable[str],
                  loss: Loss = summed_loss) -> Factors:
-    """Eq. 2 and 24: F ≈ Σ_h ⊗ Σ_δ for every named layer.
+    """Eq. 2, 24 and 25: F ≈ Σ_h ⊗ Σ_δ for every named layer.
 
     Σ_h (n, n) = (1/N) Σ_t h_t h_tᵀ and Σ_δ (m, m) = (1/N) Σ_t δ_t δ_tᵀ over the N real tokens of
     all batches, in fp32 (fp64 for an fp64 model). δ_t is the gradient of its own sequence's
@@ -345,9 +347,9 @@ def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contex
 
 
 def quadratic_form(dW: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor) -> Tensor:
-    """Eq. 6 (twice) and 29: Q(ΔW) = vec(ΔW)ᵀ (Σ_h ⊗ Σ_δ) vec(ΔW) = Tr(Σ_δ ΔW Σ_h ΔWᵀ).
+    """Eq. 6 (twice) and 27-29: Q(ΔW) = vec(ΔW)ᵀ (Σ_h ⊗ Σ_δ) vec(ΔW) = Tr(Σ_δ ΔW Σ_h ΔWᵀ).
 
-    dW (m, n); the loss rises by about Q/2 (Eq. 3). The Kronecker product is never formed.
+    dW (m, n); the loss rises by about Q/2 (Eq. 3, 26). The Kronecker product is never formed.
     """
     return ((Sigma_delta @ dW) * (dW @ Sigma_h)).sum()
 
@@ -414,7 +416,7 @@ def allocate_ranks(I: dict[str, float], r_avg: float, r_min: int,  # noqa: E741
 
 
 def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 13: W = U diag(S) Vh with k = min(m, n): U (m, k), S (k,) falling, Vh (k, n).
+    """Eq. 13 and 30: W = U diag(S) Vh with k = min(m, n): U (m, k), S (k,) falling, Vh (k, n).
 
     In fp32 at least: bf16 has no SVD, and its 8 bits would mix the lowest directions. A large
     oblong W is first brought to its square factor: Wᵀ = Q Rᵀ, R = U Σ Zᵀ, Vᵀ = Zᵀ Qᵀ (R-SVD; Chan,
