@@ -255,7 +255,7 @@ PRESETS: dict[tuple[str | None, str], Preset] = {
              dropout=0.0,  # of an adapter that holds top directions it drops part of W itself
              # the best by K and task of microcosm/results.csv
              lr={"full": 8e-4, "farss": 2e-3, "farss-init": 4e-3, "farss-top": 1e-3,
-                 "all-high": 2e-3, "lora": 4e-3, "pissa": 2e-3, "milora": 4e-3, "corda-kpm": 2e-3,
+                 "all-high": 2e-3, "lora": 4e-3, "pissa": 1e-3, "milora": 4e-3, "corda-kpm": 2e-3,
                  "corda-ipm": 1e-3, "lora-null": 4e-3, "lora-null-v2": 1.6e-2, "kasa": 8e-3}),
         source="microcosm/README.md",
         base_results=MICROCOSM / "base.json", full_results=MICROCOSM / "full.json",
