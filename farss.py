@@ -197,6 +197,16 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     return model.loss(**batch)[0]
 
 
+def batch_mean_loss(model: Any, batch: Batch) -> Tensor:
+    """The official code's: the mean over a batch's labelled tokens, a scalar.
+
+    Its δ weigh a batch by the inverse square of those tokens, so that Σ_δ depends on how examples
+    fall into batches.
+    """
+    total, labelled = model.loss(**batch)
+    return total / labelled
+
+
 def collect(sums: FactorSums, model: nn.Module, batches: Iterable[Batch],
             loss: Loss = summed_loss) -> None:
     """Run the forward and backward passes that the hooks of `kfac_hooks` listen to."""
@@ -218,7 +228,8 @@ def kfac_factors(model: nn.Module, batches: Iterable[Batch], names: Iterable[str
     the model's own labels (see sampled_loss). Layers that share an input share Σ_h: never write
     into it. Raises ValueError when there is no token.
 
-    Official code differs: δ of the batch-mean loss, padding counted, at most 16 sequences.
+    Official code differs: δ of the mean loss over batches of two (batch_mean_loss), padding
+    counted, at most 16 sequences.
     """
     with kfac_hooks(model, names) as sums:
         collect(sums, model, batches, loss)

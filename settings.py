@@ -90,7 +90,8 @@ class Settings:
                                       "rank were r_avg")
     official: bool = setting(False, "the official code's choices: alpha / r of each layer's own "
                                     "rank and no compensation for it, the lowest directions where "
-                                    "r < 128, padding counted; and, unless given, 16 calibration "
+                                    "r < 128, padding counted, gradients of the mean loss over "
+                                    "calibration batches of two; and, unless given, 16 calibration "
                                     "examples, 10 warm-up steps, batches of 128")
     kasa_beta: float = setting(1e-4, "KaSA: weight of the diagonal's size in the loss",
                                "KaSA's code")

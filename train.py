@@ -125,11 +125,19 @@ def start_alone(model: M.Model, s: Settings, examples: list[data.Example]) -> tu
 
 
 def calibration_batches(s: Settings, examples: list[data.Example]) -> list[dict[str, Tensor]]:
-    """A draw of the examples; with --official padded to the full length, and padding counted."""
+    """A draw of the examples; with --official by twos, padded to the full length, and padding
+    counted."""
     picked = [examples[i] for i in data.draw(len(examples), s.calibration_examples, s.seed + 1)]
     batches = [data.collate(b, s.device or "cpu") for b in data.batches_by_length(
-        picked, lambda e: len(e.ids), plan.CALIBRATION_BATCH)]
+        picked, lambda e: len(e.ids), 2 if s.official else plan.CALIBRATION_BATCH)]
     return [pad_and_count(b, s.max_length) for b in batches] if s.official else batches
+
+
+def calibration_loss(s: Settings) -> farss.Loss:
+    """Whose gradients the δ are: by --fisher and --official."""
+    if s.fisher == "sampled":
+        return farss.sampled_loss(torch.Generator(s.device or "cpu").manual_seed(s.seed))
+    return farss.batch_mean_loss if s.official else farss.summed_loss
 
 
 def pad_and_count(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
@@ -172,14 +180,12 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
                       ) -> tuple[Starts, dict]:
     """FARSS's adapters, and what ranks.json says of them."""
     batches = calibration_batches(s, examples)
-    draw = torch.Generator(s.device or "cpu").manual_seed(s.seed)
-    loss = farss.sampled_loss(draw) if s.fisher == "sampled" else farss.summed_loss
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
     keep_on = "cpu" if kept > plan.device_memory(s.device) / 2 else None
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
-        measured = farss.measure(model, batches, s.layers(model), s.budget, loss,
+        measured = farss.measure(model, batches, s.layers(model), s.budget, calibration_loss(s),
                                  keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None))
     except ValueError as error:  # a checkpoint or activations that are not finite
         raise UserError(f"{s.model}: {error}") from None
