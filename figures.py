@@ -8,6 +8,7 @@ Everything is told apart by shape, line style or brightness too, for who prints 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -95,8 +96,9 @@ def draw_curves(pyplot: Any, curves: dict[str, list[dict]], groups: dict[str, st
                                    layout="constrained", squeeze=False)
     for panel, ax in zip(panels, axes[0], strict=True):
         for (name, lines), style in zip(curves.items(), styles(len(curves)), strict=True):
-            mean = [fmean(v for b, v in line["scores"].items() if groups.get(b) == panel)
-                    for line in lines]
+            scored = [[v for b, v in line["scores"].items() if groups.get(b) == panel
+                       and v is not None] for line in lines]
+            mean = [fmean(values) if values else math.nan for values in scored]
             ax.plot([line["step"] for line in lines], mean, label=name, markersize=4, **style)
         ax.set(xlabel="optimiser step", ylabel="mean score, %", title=panel)
         ax.grid(alpha=0.3)

@@ -70,6 +70,7 @@ Scores = dict[str, float | None]  # of benchmarks, %
 # ------------------------------------------------------------------------------- initialisation
 
 
+@torch.no_grad()  # else the graph of every SVD would keep all of its U and V
 def initialise(model: M.Model, s: Settings, examples: list[data.Example]) -> tuple[Initial, dict]:
     """Attach the method's adapters, or free all weights where it trains those.
 

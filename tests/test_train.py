@@ -80,6 +80,23 @@ def one_step(s, dtype=torch.float64, optimizer=torch.optim.SGD):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_start_keeps_no_graph(method, monkeypatch):
+    """Which would hold U and V of every layer until the last is done."""
+    seen, attach = [], M.attach
+
+    def watched(model, starts, *args):
+        seen.extend(t for start in starts.values() for t in start if t is not None)
+        return attach(model, starts, *args)
+
+    monkeypatch.setattr(M, "attach", watched)
+    model = tiny_llama(1)
+    assert any(p.requires_grad for p in model.parameters())
+    train.initialise(model, settings(method=method), examples())
+    assert all(t.grad_fn is None for t in seen)
+    assert bool(seen) == (METHODS[method].trains == "adapters")
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("more", [dict(micro_batch=1), dict(micro_batch=4),
                                   dict(checkpointing=True)])
 def test_a_step_does_not_depend_on_micro_batches_or_checkpointing(method, more):
