@@ -383,8 +383,9 @@ def test_the_official_residual_keeps_minus_1_56_sigma_of_the_chosen_directions()
 def test_a_run_leaves_what_it_says(here, capsys):
     train.main(SMALL)
     run = here / "runs/tiny-math-farss-s0"
-    assert sorted(p.name for p in run.iterdir()) == ["adapter.safetensors", "log.jsonl",
-                                                     "ranks.json", "run.json"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "adapter.safetensors", "log.jsonl", "loss.png", "ranks.json", "ranks.png", "run.json",
+        "spectra.png", "spectra.safetensors"]
     recorded = json.loads((run / "run.json").read_text())
     assert recorded["settings"]["lr"] == 1e-3 and recorded["settings"]["shallow"] == 1
     assert {"commit", "torch", "python", "data_sha256"} <= set(recorded)
