@@ -6,6 +6,7 @@
     fetch        the folder of a checkpoint, downloaded if need be
     Tokenizer    tokenizer.json, with the BOS rule made explicit
     save_adapter, load_adapter    A, B and the A0, B0 that were taken out of W
+    unload       takes the adapters off again: W, bit for bit
     atomic       a file is written whole or not at all
 
 `python checkpoint.py --list` prints the short names and families that are supported.
@@ -47,6 +48,7 @@ from model import (
     embedding,
     empty,
     new_head,
+    put_linear,
     whole_parameters,
 )
 
@@ -696,11 +698,21 @@ def save_adapter(path: str | Path, model: nn.Module, initial: dict[str, tuple[Te
                                                         "residual": residual})})
 
 
-def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
-                 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Put a saved adapter on an untouched base model; returns `initial` as save_adapter takes it.
+class Adapter(NamedTuple):
+    """What an adapter file holds."""
 
-    W_res is computed from W, A0 and B0 just as at the start of training, so it has the same bits.
+    starts: dict[str, Start]  # of every adapted layer A, B, d as trained, and A0, B0
+    whole: dict[str, Tensor]  # parameters that trained in full: a classification head
+    scaling: float | dict[str, float]  # one for all layers, or of each by name
+    residual: str  # split or exact
+
+    def scaling_of(self, name: str) -> float:
+        return self.scaling[name] if isinstance(self.scaling, dict) else self.scaling
+
+
+def read_adapter(model: nn.Module, path: str | Path) -> Adapter:
+    """A saved adapter, checked against the untouched base model, which may be on the meta device.
+
     Raises UserError if the file is damaged or does not fit the model.
     """
     tensors, meta = load_tensors(path)
@@ -719,14 +731,51 @@ def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
         if name not in tensors or tensors[name].shape != p.shape:
             raise UserError(f"{path}: has no {name} of shape {tuple(p.shape)}; another task?")
     how = json.loads(meta["adapter"])
-    initial = {n: (tensors[f"{n}.A0"], tensors[f"{n}.B0"]) for n in names if f"{n}.A0" in tensors}
     starts = {n: Start(tensors[f"{n}.A"], tensors[f"{n}.B"], tensors.get(f"{n}.A0"),
                        tensors.get(f"{n}.B0"), tensors.get(f"{n}.d")) for n in names}
-    attach(model, starts, how["scaling"], dropout, how["residual"])
+    return Adapter(starts, {n: tensors[n] for n in whole_parameters(model)}, how["scaling"],
+                   how["residual"])
+
+
+def put_adapter(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> None:
+    """Put an adapter that was read on the untouched base model that it was checked against."""
+    attach(model, adapter.starts, adapter.scaling, dropout, adapter.residual)
     with torch.no_grad():
         for name, p in whole_parameters(model).items():
-            p.copy_(tensors[name])
-    return initial
+            p.copy_(adapter.whole[name])
+
+
+def load_adapter(model: nn.Module, path: str | Path, dropout: float = 0.0
+                 ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Put a saved adapter on an untouched base model; returns `initial` as save_adapter takes it.
+
+    W_res is computed from W, A0 and B0 just as at the start of training, so it has the same bits.
+    Raises UserError if the file is damaged or does not fit the model.
+    """
+    adapter = read_adapter(model, path)
+    put_adapter(model, adapter, dropout)
+    return {n: (x.A0, x.B0) for n, x in adapter.starts.items()
+            if x.A0 is not None and x.B0 is not None}
+
+
+@torch.no_grad()
+def unload(model: nn.Module, folder: str | Path) -> None:
+    """Take the adapters off: every adapted layer is an nn.Linear with W again, bit for bit.
+
+    W is read once more from the base's `folder`, as `load` read it; a layer with residual="exact"
+    still has it. A classification head that was trained stays. Afterwards `load_adapter` puts the
+    same or another adapter on. Raises UserError, and changes nothing, if the folder lacks a weight.
+    """
+    layers, stored = adapted_layers(model), stored_tensors(folder)
+    for name, layer in layers.items():
+        found = stored.get(f"{name}.weight")
+        if found is None or found.shape != tuple(layer.weight.shape):
+            raise UserError(f"{folder}: has no {name}.weight of shape "
+                            f"{tuple(layer.weight.shape)}; wrong base model?")
+    for name, layer in layers.items():
+        weight = f"{name}.weight"
+        put_linear(model, name, layer.weight if layer.A0 is not None else read_tensors(
+            {weight: stored[weight]}, layer.weight.dtype, layer.weight.device)[weight])
 
 
 # ---------------------------------------------------------------------- files, whole or not
@@ -791,6 +840,36 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
         except SafetensorError as error:
             raise OSError(f"{path}: could not be written ({error})") from None
         temporary.chmod(mode)  # save_file leaves a file that nobody else can read
+
+
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def stream_tensors(path: str | Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
+                   tensor_of: Callable[[str], Tensor]) -> None:
+    """One safetensors file of which a single tensor at a time is in memory.
+
+    The format is a header, which says where each tensor lies, and their bytes: the header follows
+    from the shapes alone. `tensor_of` gives the tensor of a name, in this dtype, on the CPU.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": STORED_DTYPES[dtype], "shape": list(shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            raw_bytes(tensor_of(name), shape, dtype).tofile(file)
+
+
+def raw_bytes(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """The bytes of a tensor, as numpy's array of them; it must be what the header says."""
+    assert tuple(tensor.shape) == shape and tensor.dtype == dtype
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

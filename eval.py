@@ -2,6 +2,7 @@
 
     python eval.py runs/NAME                    a run of train.py, against its base model's results
     python eval.py microcosm                    the untouched model (a short name, hub id, folder)
+    python eval.py ADAPTER --base MODEL         a LoRA of peft on its base model
     python eval.py --table runs/A runs/B        one table of finished results, nothing is run
 
 Writes results.json, and eval/BENCHMARK.jsonl with every prompt, output and verdict, into the run's
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import export
 import figures
 import model as M
 from baselines import METHODS
@@ -356,33 +358,46 @@ PROTOCOLS = {"complete": complete, "greedy_match": greedy_match, "classify": cla
 
 @dataclass
 class Target:
-    """What is to be evaluated: a run of train.py, or a model as it is (run None)."""
+    """What is to be evaluated: a run of train.py, or (run None) a model, with peft's adapter or
+    as it is."""
 
     folder: Path  # of the model's files
     run: Path | None
     settings: Settings | None
     about: dict  # for results.json
+    adapter: Path | None = None  # a folder of peft's
 
     @property
     def home(self) -> Path:
         """Where its results go."""
-        return self.run or Path("runs") / f"{model_name(self.about['model'])}-base"
+        name = (f"{self.adapter.resolve().name}-peft" if self.adapter else
+                f"{model_name(self.about['model'])}-base")
+        return self.run or Path("runs") / name
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is a model before any training of ours."""
+        return self.run is None and self.adapter is None
 
 
 def find_target(target: str, base: str | None = None) -> Target:
-    """A run folder, or a model by folder, short name or hub id; nothing is loaded yet.
+    """A run folder, peft's of an adapter, or a model by folder, short name or hub id; nothing is
+    loaded yet.
 
     `about` says what results may be compared: `base_fingerprint` of the model before any
     training, `weights` of what is evaluated.
     """
     run = Path(target)
+    if not is_run(run) and export.is_peft(run):
+        named = base or export.peft_config(run).get("base_model_name_or_path")
+        if not isinstance(named, str):
+            raise UserError(f"{run}: names no base model; say with --base which it is")
+        bare = untouched(named)
+        about = bare.about | {"method": "peft", "adapter": run.resolve().name,
+                              "weights": hash_of_file(run / export.WEIGHTS)}
+        return Target(bare.folder, None, None, about, run)
     if not is_run(run):
-        folder = checkpoint.fetch(target)
-        found = checkpoint.fingerprint(folder)
-        about: dict[str, Any] = {"model": target, "method": "base", "task": None, "seed": None,
-                                 "known_as": known_as(target, checkpoint.read_config(folder)),
-                                 "base_fingerprint": found, "weights": found}
-        return Target(folder, None, None, about)
+        return untouched(target)
     s, recorded = read_run(run)
     if not finished(run):
         raise UserError(f"{run} is not finished; go on with: python train.py --resume {run}")
@@ -396,9 +411,18 @@ def find_target(target: str, base: str | None = None) -> Target:
         about["weights"] = checkpoint.fingerprint(folder)
     else:
         folder = base_of(run, s, recorded, base)
-        adapter = (run / "adapter.safetensors").read_bytes()
-        about["weights"] = hashlib.sha256(adapter).hexdigest()[:16]
+        about["weights"] = hash_of_file(run / "adapter.safetensors")
     return Target(folder, run, s, about)
+
+
+def untouched(model: str) -> Target:
+    """A model as it is, by folder, short name or hub id."""
+    folder = checkpoint.fetch(model)
+    found = checkpoint.fingerprint(folder)
+    return Target(folder, None, None, {
+        "model": model, "method": "base", "task": None, "seed": None,
+        "known_as": known_as(model, checkpoint.read_config(folder)),
+        "base_fingerprint": found, "weights": found})
 
 
 def check_task(target: Target) -> None:
@@ -406,7 +430,7 @@ def check_task(target: Target) -> None:
     name = task_of(target.about)
     classes = data.TASKS[name].classes
     for_task(checkpoint.read_config(target.folder), name)
-    if classes and not target.run and not checkpoint.has_head(target.folder, classes):
+    if classes and target.is_bare and not checkpoint.has_head(target.folder, classes):
         raise UserError(f"{target.folder}: has no classification head for {', '.join(classes)}; "
                         f"train one: train.py --model {target.about['model']} --task {name}")
 
@@ -428,8 +452,12 @@ def load_target(target: Target, dtype: str | None, device: str | None) -> M.Mode
         frozen = s.how.frozen if s else ()
         target.about["trainable"] = sum(p.numel() for n, p in model.named_parameters()
                                         if p.requires_grad and n.rpartition(".")[2] not in frozen)
-        if M.embedding(model).dtype == torch.float32:
-            M.merge(model)
+    elif target.adapter:
+        adapter = export.read_peft(model, target.adapter)
+        checkpoint.put_adapter(model, adapter)
+        target.about["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if M.adapted_layers(model) and M.embedding(model).dtype == torch.float32:
+        M.merge(model)
     return model
 
 
@@ -451,6 +479,14 @@ def task_of(about: dict) -> str:
 def name_of(about: dict) -> str:
     """The model's name in the tables of settings and of the paper's scores."""
     return about.get("known_as", about["model"])
+
+
+def hash_of_file(path: Path) -> str:
+    """Tells one adapter from another."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; pickled adapters are not read") from None
 
 
 def hash_of(asked: list[Question]) -> str:
@@ -604,7 +640,8 @@ def table(runs: list[dict]) -> Iterable[str]:
 def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__ + "".join(f"    {name:14} {b.group}: {b.about}\n"
                                       for name, b in BENCHMARKS.items()))
-    parser.add_argument("target", nargs="?", help="run folder, short name, hub id, model folder")
+    parser.add_argument("target", nargs="?", help="run folder, short name, hub id, model folder, "
+                        "folder of peft's LoRA")
     parser.add_argument("--task", choices=tuple(data.TASKS), help="of an untouched model: whose "
                         "benchmarks, and for a classifier which classes (default: the model's)")
     parser.add_argument("--benchmarks", help="of " + ",".join(BENCHMARKS) + " (default: those of "
@@ -631,7 +668,7 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full-results", metavar="paper|FILE|RUN", help="scores of full fine-"
                         "tuning, for T (default: those of settings.PRESETS)")
     parser.add_argument("--base", metavar="FOLDER", help="where a run's base model is now, if not "
-                        "where it was")
+                        "where it was; the one of peft's LoRA")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the run's; for a "
                         "model float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
@@ -752,7 +789,7 @@ def main(argv: list[str] | None = None) -> None:
                             + ", ".join(of_task(task_of(about))))
     # A run is compared with its base model's results where they are.
     base, full = args.base_results, args.full_results
-    if target.run:
+    if not target.is_bare:
         stored = preset(name_of(about), task_of(about))
         own = Path("runs") / f"{model_name(about['model'])}-base" / "results.json"
         base = base or next((p for p in (own, stored.base_results) if p and p.exists()), None)

@@ -868,17 +868,22 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def put_linear(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Replace the named LoRALinear by an nn.Linear of this weight (m, n) and the same bias."""
+    layer, (m, n) = model.get_submodule(name), weight.shape
+    assert isinstance(layer, LoRALinear)
+    linear = nn.Linear(n, m, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, linear)
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Replace every LoRALinear by the one nn.Linear that acts as it does (rounded once)."""
     for name, layer in adapted_layers(model).items():
-        m, n = layer.weight.shape
-        linear = nn.Linear(n, m, bias=layer.bias is not None, device="meta")
-        weight = layer.merged_weight().to(layer.weight.dtype)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.register_parameter("bias", layer.bias)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear)
+        put_linear(model, name, layer.merged_weight().to(layer.weight.dtype))
 
 
 # ------------------------------------------------------------------------------------- decoding

@@ -24,6 +24,7 @@ ALLOWED = {
     "benchmarks": {"checkpoint", "data"},
     "settings": {"baselines", "checkpoint", "data", "farss", "model"},
     "plan": {"checkpoint", "farss", "model", "settings"},
+    "export": {"checkpoint", "data", "model", "settings"},
 }
 
 
