@@ -239,7 +239,8 @@ def world(tmp_path, monkeypatch):
     return tmp_path
 
 
-FILES = ["--data", "gsm8k=d/test.jsonl", "nq_open=d/nq.jsonl", "webqs=d/webqs.json"]
+FILES = ["--benchmarks", "gsm8k,nq_open,webqs",
+         "--data", "gsm8k=d/test.jsonl", "nq_open=d/nq.jsonl", "webqs=d/webqs.json"]
 
 
 def test_a_run_is_scored_like_the_model_in_memory_and_results_say_all(world, capsys):
