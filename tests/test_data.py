@@ -181,7 +181,7 @@ def test_commonsense_prompts_byte_for_byte(tokenizer):
     row = data.Row({"instruction": "Is it?\n\nAnswer format: true/false", "input": "",
                     "output": "the correct answer is true", "answer": "true"}, "x")
     task = data.TASKS["commonsense"]
-    (said, example, _) = data.example_of(row, tokenizer, task, 512)
+    _, example, _ = data.example_of(row, tokenizer, task, 512)
     assert tokenizer.decode(example.ids) == trained + "the correct answer is true"
     assert tokenizer.decode(example.ids[example.prompt_length :]) == "the correct answer is true"
     tested = data.COMMONSENSE_TEST_PROMPT.format(instruction=row.fields["instruction"])
