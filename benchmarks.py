@@ -212,7 +212,7 @@ def lm_eval_checkers() -> Callable | None:
 
         nltk.data.find("tokenizers/punkt_tab")
     except (ImportError, LookupError) as error:
-        print(f"{LM_EVAL} ({str(error).strip().splitlines()[0]})")
+        print(f"{LM_EVAL} ({getattr(error, 'name', None) or 'punkt_tab'} is missing)")
         return None
     langdetect.DetectorFactory.seed = 0  # it guesses at random otherwise, which lm_eval leaves so
     return process_results

@@ -200,7 +200,8 @@ def test_ifeval_without_lm_eval_has_no_verdict_and_says_what_to_install(monkeypa
     B.lm_eval_checkers.cache_clear()
     gold = B.ifeval_gold(data.Row(ROWS["ifeval"], "x"))
     assert B.ifeval_verdicts("hello", gold) is None is B.ifeval_verdicts("again", gold)
-    assert capsys.readouterr().out.count("pip install \"lm_eval[ifeval]") == 1
+    out = capsys.readouterr().out
+    assert out.count("pip install \"lm_eval[ifeval]") == 1 and "is missing)" in out
     B.lm_eval_checkers.cache_clear()
 
 
@@ -223,11 +224,12 @@ def test_ifeval_verdicts_are_lm_evals_by_column(monkeypatch):
     assert set(E.column_scores("ifeval", [{"correct": None}]).values()) == {None}
 
 
-def test_ifeval_against_lm_eval_itself():
-    """Verdicts by hand, of its own code where it is installed."""
+def test_ifeval_against_lm_eval_itself(monkeypatch):
+    """Verdicts by hand, and those of its own code where it is installed; two instructions that take
+    no sentence splitter."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("nltk.data.find", lambda name: name)
     B.lm_eval_checkers.cache_clear()
-    if B.lm_eval_checkers() is None:
-        pytest.skip("lm_eval is not installed")
     row = {"key": 1, "prompt": "p", "instruction_id_list": [
         "punctuation:no_comma", "change_case:english_lowercase"], "kwargs": [{}, {"x": None}]}
     for text, strict, loose in (("all is well here", [True, True], [True, True]),
@@ -352,3 +354,27 @@ def test_a_task_is_measured_by_its_own_benchmarks_and_by_what_the_model_knew():
     assert B.of_task("microcosm") == ["word_problems", "city", "job", "year"]
     for task in data.TASKS:
         assert B.of_task(task)
+
+
+def test_readme_lists_every_task_and_benchmark():
+    """With where the rows come from, their licence and number, as the tables have it."""
+    text = (Path(B.__file__).parent / "README.md").read_text()
+    section = text.partition("## Tasks and benchmarks")[2].partition("\n## ")[0]
+    tasks, benchmarks = section.partition("| benchmark |")[::2]
+
+    def line_of(name, table):
+        (found,) = [line for line in table.splitlines()
+                    if line.startswith("| ") and f"`{name}`" in line.split("|")[1]]
+        return found
+
+    for name, task in data.TASKS.items():
+        if not task.classes:
+            source, line = data.SOURCES[task.source], line_of(name, tasks)
+            place = source.file if isinstance(source.place, Path) else source.place
+            assert place in line and source.licence in line, name
+    for name, b in B.BENCHMARKS.items():
+        source = data.SOURCES[b.source]
+        if b.protocol != "classify" and not isinstance(source.place, Path):
+            line = line_of(name, benchmarks)
+            assert source.place.removeprefix("https://github.com/AGI-Edgerunners/") in line, name
+            assert source.rows is None or f"{source.rows:,}" in line, name
