@@ -10,7 +10,8 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
+from itertools import accumulate
 from operator import eq
 from statistics import StatisticsError, correlation
 from typing import Any, NamedTuple
@@ -59,6 +60,109 @@ def gsm8k_official(answer: str | None, gold: str) -> bool:
         value = float(text.replace(",", ""))
     predicted, right = round(value), round(float(gold.replace(",", "")))
     return any(math.isclose(predicted, right * factor, rel_tol=1e-4) for factor in (1, 0.01, 100))
+
+
+def math_answer(text: str) -> str | None:
+    """MetaMath's: after the last "The answer is: " up to a full stop at the end of a line."""
+    _, marker, after = text.rpartition("The answer is: ")
+    return after.split(".\n")[0].strip().removesuffix(".").strip() if marker else None
+
+
+def in_braces(rest: str, count: int) -> str:
+    """What follows a LaTeX command, its `count` arguments of one letter put into braces."""
+    for i in range(0, 3 * count, 3):  # an argument in braces is taken for the last one
+        if rest[i] == "{":
+            break
+        rest = f"{rest[:i]}{{{rest[i]}}}{rest[i + 1:]}"
+    return rest
+
+
+def math_normal(s: str) -> str:
+    """The normal form of an answer to MATH by Hendrycks et al., as MetaMath has it.
+
+    IndexError or ValueError for what their code fails at: a command without argument, units twice,
+    a / between texts that are no whole numbers.
+    """
+    for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
+                     ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""),
+                     ("\\$", "")):
+        s = s.replace(old, new)
+    if s.count("\\text{ ") > 1:
+        raise ValueError("units twice")
+    s = s.partition("\\text{ ")[0].replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    s = "0" + s if s.startswith(".") else s
+    name, equals, value = s.partition("=")
+    s = value if equals and "=" not in value and len(name) <= 2 else s  # k = 5
+    head, *rest = s.split("\\sqrt")
+    s = head + "".join("\\sqrt" + in_braces(r, 1) for r in rest)
+    head, *rest = s.replace(" ", "").split("\\frac")
+    if not any(r[0] != "{" and len(r) < 2 for r in rest):
+        s = head + "".join("\\frac" + in_braces(r, 2) for r in rest)
+    s = s.replace(" ", "")
+    s = "\\frac{1}{2}" if s == "0.5" else s
+    over, slash, under = s.partition("/")
+    if slash and "/" not in under and s == f"{int(over)}/{int(under)}":
+        s = f"\\frac{{{over}}}{{{under}}}"
+    return s
+
+
+def math_strict(answer: str | None, gold: str) -> bool:
+    """MetaMath's rule: the same normal form; where there is none, the same text."""
+    if answer is None:
+        return False
+    try:
+        return math_normal(answer) == math_normal(gold)
+    except (IndexError, ValueError):
+        return answer == gold
+
+
+def as_number(s: str) -> float | None:
+    """A number with its commas left out; None for anything else."""
+    try:
+        return float(s.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def math_equal(a: str, b: str) -> bool:
+    """The official code's, without sympy, which there finds x+1 = 1+x, and evaluates what the model
+    wrote: numbers 100 times too large or too small, or off by 0.01 %, are right, and braces and
+    parentheses count for nothing."""
+    x, y = as_number(a), as_number(b)
+    if x is not None and y is not None:
+        return any(math.isclose(x, right, rel_tol=1e-4) for right in (y / 100, y, y * 100))
+    if not a:
+        return False
+    a, b = a.strip(), b.strip()
+    plain_a, plain_b = a, b
+    if (a[:1] + a[-1:] == "[]" and b[:1] != "(") or (a[:1] + a[-1:] == "()" and b[:1] != "["):
+        plain_a, plain_b = a.strip("[]()"), b.strip("[]()")
+    if re.sub(r"[{}()]", "", plain_a) == re.sub(r"[{}()]", "", plain_b):
+        return True
+    if a[:1] + a[-1:] == b[:1] + b[-1:] and a[:1] + a[-1:] in ("[]", "()"):
+        parts = a[1:-1].split(","), b[1:-1].split(",")
+        return len(parts[0]) == len(parts[1]) and all(map(math_equal, *parts))
+    return False
+
+
+def math_official(answer: str | None, gold: str) -> bool:
+    """The rule of the official code, which compares an answer that has no normal form with itself,
+    so that "x/2" and "5/6 pounds" are right whatever the question was."""
+    if answer is None:
+        return False
+    try:
+        a, b = math_normal(answer), math_normal(gold)
+    except (IndexError, ValueError):
+        return True
+    return a == b or math_equal(a, b)
+
+
+def first_of(choices: str) -> Callable[[str], str | None]:
+    """The first of the words of a benchmark in an output, as "true|false"; None without any."""
+    def extract(text: str) -> str | None:
+        found = re.search(choices, text)
+        return found[0] if found else None
+    return extract
 
 
 ARTICLES = re.compile(r"\b(?:The |the |An |A |The |a |an )")
@@ -115,12 +219,51 @@ def with_tests(code: str, gold: dict) -> str:
     return f"{gold['before']}{code}\n\n{gold['tests']}\n"
 
 
+LM_EVAL = ('no scores of ifeval: run `pip install "lm_eval[ifeval]==0.4.9.1"` and '
+           "`python -m nltk.downloader punkt_tab` (a download of 4 MB), and evaluate again; the "
+           "outputs are written all the same")
+
+
+@cache
+def lm_eval_checkers() -> Callable | None:
+    """lm_eval's checkers of IFEval's instructions; None, and a line that says what to install,
+    where they or the sentence splitter that they need are not there."""
+    try:
+        import langdetect
+        import nltk
+        from lm_eval.tasks.ifeval.utils import process_results
+
+        nltk.data.find("tokenizers/punkt_tab")
+    except (ImportError, LookupError) as error:
+        print(f"{LM_EVAL} ({getattr(error, 'name', None) or 'punkt_tab'} is missing)")
+        return None
+    langdetect.DetectorFactory.seed = 0  # it guesses at random otherwise, which lm_eval leaves so
+    return process_results
+
+
+def ifeval_verdicts(output: str, gold: dict) -> dict[str, list[bool]] | None:
+    """Whether the output follows all instructions of the prompt (P) and each of them (I), strictly
+    (S) and loosely (L), where it may be without its first or last line or its asterisks."""
+    check = lm_eval_checkers()
+    if check is None:
+        return None
+    found = check(gold, [output])
+    return {"P-S": [found["prompt_level_strict_acc"]], "P-L": [found["prompt_level_loose_acc"]],
+            "I-S": found["inst_level_strict_acc"], "I-L": found["inst_level_loose_acc"]}
+
+
 # --------------------------------------------------------------------------------------- metrics
 
 
 def accuracy(records: list[dict]) -> float:
     """Part of the records that are right, in %."""
     return 100 * sum(r["correct"] for r in records) / len(records)
+
+
+def column_accuracy(records: list[dict], column: str) -> float:
+    """Part of one column's verdicts that are right, in %; NaN where nothing was judged."""
+    verdicts = [v for r in records for v in (r["correct"] or {}).get(column, ())]
+    return 100 * sum(verdicts) / len(verdicts) if verdicts else math.nan
 
 
 def pearson(records: list[dict]) -> float:
@@ -155,7 +298,8 @@ class Benchmark(NamedTuple):
     protocol: str  # of eval.PROTOCOLS
     prompt: Callable[[data.Row], str | list[str]]  # a classifier's: its one or two texts
     gold: Callable[[data.Row], Any]  # the right answer; UserError for a row without one
-    judge: Callable[[Any, Any], bool] = eq  # (extracted answer, gold) -> right?
+    judge: Callable[[Any, Any], Any] = eq  # (extracted answer, gold) -> right? With `columns`: the
+    # verdicts of each, {column: [right?, ...]}, or None where what it takes is not installed
     official: Callable[[Any, Any], bool] | None = None  # the official code's rule, if another
     extract: Callable[[str], str | None] | None = None  # the answer in the output
     new_tokens: int = 256  # at most
@@ -168,6 +312,8 @@ class Benchmark(NamedTuple):
     # its gold has the task_id and the text before the code that EvalPlus knows it by.
     program: Callable[[str, dict], str] | None = None
     metric: Callable[[list[dict]], float] = accuracy  # of the records, in %
+    columns: tuple[str, ...] = ()  # the names of its scores, if it has several
+    prepare: Callable[[], Any] | None = None  # says, before anything is asked, what its judge lacks
 
 
 def gsm8k_prompt(row: data.Row) -> str:
@@ -180,6 +326,59 @@ def gsm8k_gold(row: data.Row) -> str:
     if not re.fullmatch(r"-?[\d,]*\d(\.\d+)?", gold):
         raise UserError(f"{row.where}: the answer does not end in '#### number'")
     return gold
+
+
+def math_prompt(row: data.Row) -> str:
+    return data.PROMPT.format(instruction=data.asked(row)) + " Let's think step by step."
+
+
+def math_gold(row: data.Row) -> str:
+    """What is in the last \\boxed{} of the solution; of "\\boxed 5" what follows, up to a $, where
+    the official code finds nothing and no answer is right."""
+    solution = row.get(("solution", "output"))
+    _, boxed, rest = solution.rpartition("\\boxed")
+    if rest[:1] == " ":
+        return rest.partition("$")[0].strip()
+    depths = list(accumulate((letter == "{") - (letter == "}") for letter in rest))
+    if not boxed or rest[:1] != "{" or 0 not in depths:
+        raise UserError(f"{row.where}: the solution has no \\boxed answer")
+    return rest[1 : depths.index(0)]
+
+
+def choice_prompt(row: data.Row) -> str:
+    return data.COMMONSENSE_TEST_PROMPT.format(instruction=data.asked(row))
+
+
+def choice_gold(row: data.Row, choices: str) -> str:
+    gold = row.get(("answer",))
+    if not re.fullmatch(choices, gold):
+        raise UserError(f"{row.where}: the answer {gold[:40]!a} is none of {choices}")
+    return gold
+
+
+def ifeval_prompt(row: data.Row) -> str:
+    return row.get(("prompt",))
+
+
+def ifeval_gold(row: data.Row) -> dict:
+    """What the checkers take: the row itself."""
+    names, options = row.get(("instruction_id_list",), list), row.get(("kwargs",), list)
+    if len(names) != len(options):
+        raise UserError(f"{row.where}: {len(names)} instructions, and {len(options)} kwargs")
+    return {"key": row.get(("key",), (int, str), may_be_empty=True), "prompt": row.get(("prompt",)),
+            "instruction_id_list": names, "kwargs": options}
+
+
+def triviaqa_prompt(row: data.Row) -> str:
+    """lm_eval's: the questions end in a question mark already, so that two are asked."""
+    return f"Question: {row.get(data.QUESTION)}?\nAnswer:"
+
+
+def aliases(row: data.Row) -> list[str]:
+    """TriviaQA's answers as they are, not its normalised ones; or a plain list of answers."""
+    found = row.get(data.ANSWER, (dict, list))
+    return answers(row if isinstance(found, list) else data.Row(
+        {"answer": found.get("aliases")}, row.where))
 
 
 def nq_prompt(row: data.Row) -> str:
@@ -275,6 +474,17 @@ CODE = Benchmark("", "", "code", "complete", humaneval_prompt, humaneval_gold,
                  extract=python_code, new_tokens=1024, bos="always", program=with_tests)
 
 
+def multiple_choice(name: str, choices: str) -> Benchmark:
+    """A test set of LLM-Adapters. Their code takes a 4-beam search; this is greedy."""
+    return Benchmark(f"greedy; the first of {choices.replace('|', ', ')}", f"commonsense:{name}",
+                     "commonsense", "complete", choice_prompt,
+                     partial(choice_gold, choices=choices), extract=first_of(choices),
+                     new_tokens=32, bos="always")
+
+
+ANSWERS = "answer1|answer2|answer3|answer4|answer5"
+
+
 def glue(task: str, about: str, split: str = "validation",
          metric: Callable[[list[dict]], float] = accuracy) -> Benchmark:
     """A validation set of GLUE, for the test sets have no public labels."""
@@ -284,12 +494,26 @@ def glue(task: str, about: str, split: str = "validation",
                      metric=metric)
 
 
+STOPS = ("Instruction:", "Instruction", "Response:", "Response")  # the official code's, for both
+
 BENCHMARKS = {
     "gsm8k": Benchmark(
         "the training prompt, step by step; the number after the last \"The answer is: \"",
         "gsm8k-test", "math", "complete", gsm8k_prompt, gsm8k_gold, gsm8k_strict, gsm8k_official,
-        number_after_marker, 1024, ("Instruction:", "Instruction", "Response:", "Response"),
-        bos="always", loss_under="math"),
+        number_after_marker, 1024, STOPS, bos="always", loss_under="math"),
+    "math": Benchmark(
+        "the same prompt; the normal form of what follows the last \"The answer is: \"",
+        "math-test", "math", "complete", math_prompt, math_gold, math_strict, math_official,
+        math_answer, 2048, STOPS, bos="always"),
+    "ifeval": Benchmark(
+        "greedy, the prompt as it is; prompts (P) and instructions (I) followed, strictly (S) and "
+        "loosely (L)", "ifeval", "instruction", "complete", ifeval_prompt, ifeval_gold,
+        ifeval_verdicts, new_tokens=1280, columns=("P-S", "P-L", "I-S", "I-L"),
+        prepare=lm_eval_checkers),
+    "triviaqa": Benchmark(
+        "greedy up to a new line, full stop or comma; exact match with any alias (lm_eval)",
+        "triviaqa", "world knowledge", "complete", triviaqa_prompt, aliases,
+        partial(exact_match, articles=False), stops=("\n", ".", ",")),
     "nq_open": Benchmark(
         "greedy up to a new line, full stop or comma; exact match with any answer (lm_eval)",
         "nq_open", "world knowledge", "complete", nq_prompt, answers, exact_match,
@@ -311,6 +535,14 @@ BENCHMARKS = {
     "city": FACT._replace(source="city"),
     "job": FACT._replace(source="job"),
     "year": FACT._replace(source="year"),
+    "boolq": multiple_choice("boolq", "true|false"),
+    "piqa": multiple_choice("piqa", "solution1|solution2"),
+    "siqa": multiple_choice("social_i_qa", ANSWERS),
+    "hellaswag": multiple_choice("hellaswag", "ending1|ending2|ending3|ending4"),
+    "winogrande": multiple_choice("winogrande", "option1|option2"),
+    "arc_e": multiple_choice("ARC-Easy", ANSWERS),
+    "arc_c": multiple_choice("ARC-Challenge", ANSWERS),
+    "obqa": multiple_choice("openbookqa", ANSWERS),
     # Table 3: accuracy, but for CoLA and STS-B.
     "cola": glue("cola", "Matthews' correlation", metric=matthews),
     "sst2": glue("sst2", "accuracy"),
@@ -336,6 +568,11 @@ def kept(name: str, rows: list[data.Row]) -> list[data.Row]:
 def of_group(names: Iterable[str], group: str) -> list[str]:
     """Those of the named benchmarks that measure the same thing."""
     return [name for name in names if BENCHMARKS[name].group == group]
+
+
+def columns_of(name: str) -> tuple[str, ...]:
+    """The names of a benchmark's scores: of most its own alone."""
+    return BENCHMARKS[name].columns or (name,)
 
 
 def of_task(task: str) -> list[str]:

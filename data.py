@@ -11,7 +11,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,22 +30,48 @@ PROMPT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-
+# LLM-Adapters' for Commonsense170K, in training and in testing: they stand 16 spaces in, and differ
+# in white space. Further lines of an instruction are left where they are.
+COMMONSENSE_PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.  \n\n"
+    "{S}### Instruction:\n{S}{instruction}\n{S}\n{S}### Response:\n{S}"
+).replace("{S}", " " * 16)
+COMMONSENSE_TEST_PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request. \n\n"
+    "{S}### Instruction:\n{S}{instruction}\n\n{S}### Response:\n{S}"
+).replace("{S}", " " * 16)
 
 
 class Source(NamedTuple):
     """Where a dataset lies."""
 
-    place: str | Path  # hub dataset, or folder here
+    place: str | Path  # hub dataset, folder here, or https address: of what is not on the hub
     file: str
     licence: str
     rows: int | None = None  # as published, where local copies are known to differ
+    subsets: tuple[str, ...] = ()  # of several files, what stands for * in `file`
+    local: str = ""  # in a folder: the file's name without ending, if not that of its split
 
+
+LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters"
+SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra",
+            "number_theory", "prealgebra", "precalculus")
 
 SOURCES = {
     "metamath": Source("meta-math/MetaMathQA", "MetaMathQA-395K.json", "MIT"),
+    "wizardlm": Source("YeungNLP/WizardLM_evol_instruct_V2_143k",
+                       "WizardLM_evol_instruct_V2_143k.jsonl", "not stated"),
+    "commonsense170k": Source(LLM_ADAPTERS, "ft-training_set/commonsense_170k.json", "ODC-By",
+                              170420),
     "gsm8k": Source("openai/gsm8k", "main/train-00000-of-00001.parquet", "MIT"),
     "gsm8k-test": Source("openai/gsm8k", "main/test-00000-of-00001.parquet", "MIT"),
+    "math-test": Source("EleutherAI/hendrycks_math", "*/test-00000-of-00001.parquet", "MIT", 5000,
+                        SUBJECTS, "MATH_test"),
+    "ifeval": Source("google/IFEval", "ifeval_input_data.jsonl", "Apache-2.0", 541),
+    "triviaqa": Source("mandarjoshi/trivia_qa", "rc.nocontext/validation-00000-of-00001.parquet",
+                       "not stated", 17944),
     "nq_open": Source("google-research-datasets/nq_open",
                       "nq_open/validation-00000-of-00001.parquet", "CC BY-SA 3.0"),
     "nq-open": Source("google-research-datasets/nq_open",
@@ -64,6 +90,12 @@ SOURCES = {
     "job": Source(MICROCOSM, "job.jsonl", "MIT"),
     "year": Source(MICROCOSM, "year.jsonl", "MIT"),
 }
+# The test sets of Commonsense170K's parts, as LLM-Adapters put them.
+COMMONSENSE = {"boolq": 3270, "piqa": 1838, "social_i_qa": 1954, "hellaswag": 10042,
+               "winogrande": 1267, "ARC-Easy": 2376, "ARC-Challenge": 1172, "openbookqa": 500}
+SOURCES |= {f"commonsense:{name}": Source(LLM_ADAPTERS, f"dataset/{name}/test.json", "ODC-By",
+                                          rows, local=f"{name}/test")
+            for name, rows in COMMONSENSE.items()}
 # GLUE: the published rows of each split (A.4.1; without WNLI, as in Table 3).
 GLUE = {
     "cola": {"train": 8551, "validation": 1043},
@@ -92,13 +124,24 @@ class Task(NamedTuple):
     group: str  # the benchmarks behind T (Eq. 37)
     knowledge: str = "world knowledge"  # the benchmarks behind K (Eq. 36)
     about: str = ""  # for --help
+    reply: Callable[[str], str] = str  # the response as it is trained on
     texts: tuple[tuple[str, ...], ...] = ()  # of each text the names that its column may have
     classes: tuple[str, ...] = ()  # by number; a single one: a number is predicted
 
 
 def glue(name: str, texts: tuple[tuple[str, ...], ...], classes: tuple[str, ...], about: str
          ) -> Task:
-    return Task(f"glue:{name}/train", "", f"glue:{name}", "", about, texts, classes)
+    return Task(f"glue:{name}/train", "", f"glue:{name}", "", about, texts=texts, classes=classes)
+
+
+def metamath_answer(answer: str) -> str:
+    """A GSM8K answer as MetaMathQA writes it: without <<calculator>> marks, ending in
+    "The answer is: N", the line that the paper's scoring looks for. Others pass unchanged.
+    """
+    found = re.search(r"\n#### (.+)\s*$", answer)
+    if not found:
+        return answer
+    return re.sub(r"<<.*?>>", "", answer).rstrip() + f"\nThe answer is: {found[1].strip()}"
 
 
 SENTENCES = (("sentence1", "#1 String"), ("sentence2", "#2 String"))  # TSV names last
@@ -107,8 +150,12 @@ LABEL = ("label", "gold_label", "Quality", "is_duplicate", "score")  # columns
 COLA = ("source", "label", "star", "sentence")  # the one TSV file without a header
 
 TASKS = {
-    "math": Task("metamath", PROMPT, "math", about="MetaMathQA"),
+    "math": Task("metamath", PROMPT, "math", about="MetaMathQA", reply=metamath_answer),
     "code": Task("codefeedback", PROMPT, "code", about="CodeFeedback"),
+    "instruction": Task("wizardlm", PROMPT, "instruction", about="WizardLM-Evol-Instruct"),
+    # Table 4 has no knowledge benchmarks.
+    "commonsense": Task("commonsense170k", COMMONSENSE_PROMPT, "commonsense", "",
+                        "Commonsense170K"),
     # The frame of the model's own pretraining: under PROMPT it copies numbers at chance at first,
     # and the task would measure that instead of what was learnt.
     "microcosm": Task("microcosm", "Q:{instruction}\nA:", "microcosm", "microcosm facts",
@@ -125,7 +172,7 @@ TASKS = {
     "glue:rte": glue("rte", SENTENCES, ENTAILMENT, "inference"),
 }
 
-QUESTION = ("query", "question", "instruction", "qText")
+QUESTION = ("query", "question", "instruction", "qText", "problem")
 ANSWER = ("response", "answer", "output", "answers")
 
 
@@ -166,23 +213,34 @@ def read_rows(name_or_path: str, source: str | None = None) -> list[Row]:
     is named by file and line number. Says so where the published dataset has another length.
     """
     if Path(name_or_path).is_dir() and source:
-        path = in_folder(Path(name_or_path), source)
+        paths = [in_folder(Path(name_or_path), source)]
     elif name_or_path in SOURCES and not Path(name_or_path).is_file():
-        source, (place, file, *_) = name_or_path, SOURCES[name_or_path]
-        path = place / file if isinstance(place, Path) else hub_download(
-            place, file, repo_type="dataset")
+        source, paths = name_or_path, published(name_or_path)
     else:
         path = Path(name_or_path)
         if not path.is_file():
             raise UserError(f"{path}: no such file, and not one of the datasets "
                             + ", ".join(SOURCES))
-    rows = list(read_file(path))
+        paths = [path]
+    rows = [row for path in paths for row in read_file(path)]
     if not rows:
-        raise UserError(f"{path}: holds no rows")
-    published = SOURCES[source].rows if source in SOURCES else None
-    if published not in (None, len(rows)):
-        print(f"note: {path} has {len(rows):,} rows, and {source} as published {published:,}")
+        raise UserError(f"{paths[0]}: holds no rows")
+    count = SOURCES[source].rows if source in SOURCES else None
+    if count not in (None, len(rows)):
+        print(f"note: {paths[0]} has {len(rows):,} rows, and {source} as published {count:,}")
     return rows
+
+
+def published(name: str) -> list[Path]:
+    """The files of a dataset of SOURCES: those here, or downloaded from the hub."""
+    place, file, _, _, subsets, _ = SOURCES[name]
+    if isinstance(place, Path):
+        return [place / file]
+    if place.startswith("https:"):
+        raise UserError(f"{name} is not on the hub; get {file} of {place} and name it, or the "
+                        "folder that holds it, with --data")
+    return [hub_download(place, file.replace("*", subset), repo_type="dataset")
+            for subset in subsets or ("",)]
 
 
 ENDINGS = (".tsv", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -191,10 +249,12 @@ ENDINGS = (".tsv", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 def in_folder(folder: Path, source: str) -> Path:
     """The file of a folder that stands for a dataset: by its name on the hub, or its split's
     (train, validation or, as in the original TSV files, dev) with any ending; what a task trains on
-    may be called train, whatever the hub calls it."""
-    file = Path(SOURCES[source].file).name
-    split = file.partition("-")[0]
-    stems = [split, split.replace("validation", "dev")]
+    may be called train, whatever the hub calls it; one of several test sets has a name of its own.
+    """
+    row = SOURCES[source]
+    file = row.local + Path(row.file).suffix if row.local else Path(row.file).name
+    split = row.local or file.partition("-")[0]
+    stems = [split, split if row.local else split.replace("validation", "dev")]
     stems += ["train"] * (source in {task.source for task in TASKS.values()})
     names = [file, *(stem + end for stem in dict.fromkeys(stems) for end in ENDINGS)]
     found = [folder / name for name in names if (folder / name).is_file()]
@@ -202,6 +262,13 @@ def in_folder(folder: Path, source: str) -> Path:
         raise UserError(f"{folder}: holds no {split} file: {file}, or {names[-len(ENDINGS)]}, or "
                         "the like")
     return found[0]
+
+
+def stands_in(folder: Path, source: str) -> bool:
+    """Whether a folder may be asked for a dataset: always for one by the name of its split, for one
+    of several test sets where its file is there."""
+    row = SOURCES[source]
+    return not row.local or any((folder / (row.local + end)).is_file() for end in ENDINGS)
 
 
 def is_local(name_or_path: str) -> bool:
@@ -309,45 +376,58 @@ class Example(NamedTuple):
         return len(self.ids) - max(1, self.prompt_length) if self.label is None else 1
 
 
-def metamath_answer(answer: str) -> str:
-    """A GSM8K answer as MetaMathQA writes it: without <<calculator>> marks, ending in
-    "The answer is: N", the line that the paper's scoring looks for. Others pass unchanged.
-    """
-    found = re.search(r"\n#### (.+)\s*$", answer)
-    if not found:
-        return answer
-    return re.sub(r"<<.*?>>", "", answer).rstrip() + f"\nThe answer is: {found[1].strip()}"
-
-
-# Layouts of training rows: question, what belongs to it, response. The first whose question and
-# response a row has is used; `answer` beside `output` is the bare result of the worked solution.
+# Layouts of training rows: question and response. The first whose columns a row has is used;
+# `answer` beside `output` is the bare result of the worked solution.
 LAYOUTS = [
-    ("query", None, "response"),  # MetaMathQA
-    ("query", None, "answer"),  # CodeFeedback
-    ("instruction", "input", "output"),  # Alpaca, Commonsense170K
-    ("instruction", "input", "response"),
-    ("question", None, "response"),
-    ("question", None, "answer"),  # GSM8K
+    ("query", "response"),  # MetaMathQA
+    ("query", "answer"),  # CodeFeedback
+    ("instruction", "output"),  # Alpaca, Commonsense170K
+    ("instruction", "response"),
+    ("question", "response"),
+    ("question", "answer"),  # GSM8K
+    ("conversation.human", "conversation.assistant"),  # WizardLM-Evol-Instruct
 ]
+CONTEXT = ("input", "context")  # beside any question: belongs to it
+DROPPED = ("system", "history", "passage", "choices", "options")  # belongs to it, too, but where?
 
 
-def layout(row: Row) -> tuple[str, str | None, str]:
-    """The columns of a training row; UserError where none of the layouts fits."""
-    for question, context, response in LAYOUTS:
+def layout(row: Row) -> tuple[str, str]:
+    """The columns of a training row; UserError where none of the layouts fits, and where a column
+    with content would be left out."""
+    for name in DROPPED:
+        if row.fields.get(name):
+            raise UserError(f"{row.where}: field {name!r} has content, and no place in the prompt; "
+                            "put it into the question, or empty it")
+    for question, response in LAYOUTS:
         if question in row.fields and response in row.fields:
-            return question, context, response
+            return question, response
     raise UserError(f"{row.where}: no " + " or ".join(
-        f"{question!r} with {response!r}" for question, _, response in LAYOUTS) + "; there are "
+        f"{question!r} with {response!r}" for question, response in LAYOUTS) + "; there are "
         + ", ".join(map(repr, list(row.fields)[:8])))
 
 
-def question_and_response(row: Row) -> tuple[str, str]:
-    """What is asked, its context (Alpaca's `input`) in a line below, and the response."""
-    question, context, response = layout(row)
-    asked = row.get([question])
-    if context and row.fields.get(context):
-        asked += "\n" + row.get([context])
-    return asked, metamath_answer(row.get([response]))
+def one_turn(row: Row) -> Row:
+    """A row with a `conversation`, as WizardLM's, as one with that of its only turn; others pass
+    unchanged. UserError for more turns, of which the official code takes the first."""
+    if "conversation" not in row.fields:
+        return row
+    turns = row.get(["conversation"], list)
+    if len(turns) > 1 or not isinstance(turns[0], dict):
+        raise UserError(f"{row.where}: field 'conversation' is not a single question and answer")
+    return row._replace(fields=row.fields | {f"conversation.{k}": v for k, v in turns[0].items()})
+
+
+def asked(row: Row, names: Sequence[str] = QUESTION) -> str:
+    """The question of a row and, in a line below, what belongs to it (Alpaca's `input`)."""
+    context = [name for name in CONTEXT if row.fields.get(name)]
+    return "\n".join([row.get(names), *(row.get([name]) for name in context)])
+
+
+def question_and_response(row: Row, task: Task = TASKS["math"]) -> tuple[str, str]:
+    """What is asked, and the response as the task trains on it."""
+    row = one_turn(row)
+    question, response = layout(row)
+    return asked(row, [question]), task.reply(row.get([response]))
 
 
 def tokenise(tokenizer: Tokenizer, question: str, response: str, max_length: int,
@@ -392,7 +472,7 @@ def example_of(row: Row, tokenizer: Tokenizer, task: Task, max_length: int
         texts, label = texts_of(row, task), label_of(row, task.classes)
         ids, cut = tokenizer.encode_texts(texts, max_length)
         return [*texts, label], Example(ids, len(ids), label), cut
-    question, response = question_and_response(row)
+    question, response = question_and_response(row, task)
     example = tokenise(tokenizer, question, response, max_length, task.prompt)
     return [question, response], example, (example is not None
                                            and example.ids[-1] != tokenizer.eos_id)
@@ -401,7 +481,8 @@ def example_of(row: Row, tokenizer: Tokenizer, task: Task, max_length: int
 def columns(row: Row, task: Task) -> list[str]:
     """The columns of a row that the task uses."""
     if not task.classes:
-        return [name for name in layout(row) if name]
+        question, response = layout(row := one_turn(row))
+        return [question, *(name for name in CONTEXT if row.fields.get(name)), response]
     return [next((n for n in names if n in row.fields), names[0])
             for names in (*task.texts, LABEL)]
 

@@ -31,7 +31,16 @@ import export
 import figures
 import model as M
 from baselines import METHODS
-from benchmarks import BENCHMARKS, Benchmark, accuracy, kept, of_group, of_task
+from benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    accuracy,
+    column_accuracy,
+    columns_of,
+    kept,
+    of_group,
+    of_task,
+)
 from checkpoint import UserError
 from settings import (
     DTYPES,
@@ -211,6 +220,8 @@ def known_examples(task: str, tokenizer: checkpoint.Tokenizer, limit: int) -> li
 def complete(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
     """Generate greedily, extract the answer, judge it."""
     row = BENCHMARKS[name]
+    if row.prepare:
+        row.prepare()
     judge = (evaluator.scoring == "official" and row.official) or row.judge
     outputs = evaluator.completions([q.prompt for q in asked], row.new_tokens, row.stops,
                                     evaluator.with_bos(row), name)
@@ -324,6 +335,12 @@ def validator(model: M.Model, tokenizer: checkpoint.Tokenizer, asked: dict[str, 
             return {b: score_of(b, evaluator.ask(b, q)) for b, q in asked.items()}
 
     return scores
+
+
+def column_scores(name: str, records: list[dict]) -> dict[str, float | None]:
+    """The scores in % of a benchmark that has several, by column; None where nothing was judged."""
+    scores = {c: column_accuracy(records, c) for c in BENCHMARKS[name].columns}
+    return {c: None if math.isnan(score) else score for c, score in scores.items()}
 
 
 def score_of(name: str, records: list[dict]) -> float | None:
@@ -471,6 +488,14 @@ def read_results(path: str | Path) -> dict:
     return results
 
 
+def scores_in(results: dict, group: str | None = None) -> dict[str, float]:
+    """{column: score} of all benchmarks, or of those of a group, NaN for an undefined one. Most
+    have a single column, by their own name."""
+    return {column: math.nan if score is None else score for b, r in results["benchmarks"].items()
+            if group is None or BENCHMARKS[b].group == group
+            for column, score in (r["scores"] if "scores" in r else {b: r["score"]}).items()}
+
+
 def task_of(about: dict) -> str:
     """The task of a run; of an untouched model the one that it would be trained on."""
     return about["task"] or default_task(name_of(about))
@@ -533,7 +558,8 @@ def paper_row(about: dict) -> tuple[dict[str, float], dict[str, float]]:
     if rows is None:
         raise UserError(f"the paper prints no scores of {about['model']} for {about['task']}; "
                           "give a results file")
-    before, full = ({b: float(row[b]) for b in BENCHMARKS if row.get(b)} for row in rows)
+    columns = [c for b in BENCHMARKS for c in columns_of(b)]
+    before, full = ({c: float(row[c]) for c in columns if row.get(c)} for row in rows)
     return before, full
 
 
@@ -550,16 +576,16 @@ def reference(results: dict, source: str | Path, which: int, benchmarks: list[st
                        ("scoring", "official")) if mine.get(key) not in (None, papers)]
             if unlike:
                 print(f"note: the paper's {b} was scored otherwise than here: {', '.join(unlike)}")
-            if b not in row[which]:
+            if not row[which].keys() >= set(columns_of(b)):
                 raise UserError(f"the paper prints no {b} of {results['model']}; give a results "
                                 "file")
-        return {b: row[which][b] for b in benchmarks}
+        return {c: row[which][c] for b in benchmarks for c in columns_of(b)}
     whole = read_results(source)
     check_comparable(results, whole, source, benchmarks)
     method = whole.get("method")
     if which and (method not in METHODS or METHODS[method].trains != "weights"):
         raise UserError(f"{source}: T divides by full fine-tuning, and this is {method}")
-    return {b: whole["benchmarks"][b]["score"] for b in benchmarks}
+    return scores_in({"benchmarks": {b: whole["benchmarks"][b] for b in benchmarks}})
 
 
 def check_comparable(mine: dict, other: dict, source: str | Path, benchmarks: list[str]
@@ -587,10 +613,9 @@ def check_comparable(mine: dict, other: dict, source: str | Path, benchmarks: li
 def summarise(results: dict, base: str | Path | None, full: str | Path | None
               ) -> dict[str, float | None]:
     """K, T, KT where their references are given, and Avg, for results.json."""
-    scores = {b: math.nan if r["score"] is None else r["score"]
-              for b, r in results["benchmarks"].items()}
-    task_row = data.TASKS[task_of(results)]
-    known, task = of_group(scores, task_row.knowledge), of_group(scores, task_row.group)
+    scores, task_row = scores_in(results), data.TASKS[task_of(results)]
+    known, task = (of_group(results["benchmarks"], group)
+                   for group in (task_row.knowledge, task_row.group))
     before = reference(results, base, 0, known) if base and known else {}
     whole = reference(results, full, 1, task) if full and task else {}
     summary = summary_metrics(scores, before, whole)
@@ -607,20 +632,20 @@ def mean_parts(results: dict) -> dict[str, float]:
 
 
 def shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
+    return "undefined" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def table(runs: list[dict]) -> Iterable[str]:
     """One row per result; a score whose reference is 0 is "undefined"."""
-    benchmarks = list(dict.fromkeys(b for r in runs for b in r["benchmarks"]))
+    scores = [scores_in(r) for r in runs]
+    names = list(dict.fromkeys(c for found in scores for c in found))
     apart = list(dict.fromkeys(part for r in runs for part in mean_parts(r)))
     has_loss = any("answer_loss" in b for r in runs for b in r["benchmarks"].values())
-    columns = [*benchmarks, *apart, *(["answer loss"] if has_loss else []), "Avg", "K", "T", "KT"]
+    columns = [*names, *apart, *(["answer loss"] if has_loss else []), "Avg", "K", "T", "KT"]
     width = {c: max(len(c), 9) + 2 for c in columns}
     yield f"{'method':10}{'trainable':>11}" + "".join(f"{c:>{width[c]}}" for c in columns)
-    for r in runs:
-        cells = [shown(r["benchmarks"][b]["score"]) if b in r["benchmarks"] else "-"
-                 for b in benchmarks]
+    for r, found in zip(runs, scores, strict=True):
+        cells = [shown(found[c]) if c in found else "-" for c in names]
         means = mean_parts(r)
         cells += [f"{means[part]:.2f}" if part in means else "-" for part in apart]
         if has_loss:
@@ -652,13 +677,13 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="only the first questions of each benchmark")
     parser.add_argument("--batch-size", type=int, default=16, help="default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, help="instead of the protocol's own "
-                        "(gsm8k 1024, nq_open 256)")
+                        "(gsm8k 1024, math 2048, nq_open 256)")
     parser.add_argument("--bos", choices=("harness", "always", "never"), default="harness",
                         help="BOS before knowledge questions; harness: none, as lm_eval "
                         "(but on Gemma); default %(default)s")
     parser.add_argument("--scoring", choices=("strict", "official"), default="strict",
-                        help="gsm8k: exact numbers, or the official code's lenient rule; "
-                        "default %(default)s")
+                        help="gsm8k: exact numbers, math: the same normal form; or the "
+                        "official code's lenient rules; default %(default)s")
     parser.add_argument("--allow-code-execution", action="store_true", help="run the programs that "
                         "the model wrote (humaneval, mbpp), in sandbox.py, which is no security "
                         "boundary: for a model that you do not trust do it in a container or a VM")
@@ -702,7 +727,8 @@ def own_source(s: Settings | None, benchmark: str) -> str:
     """Where the questions are unless --data says otherwise: beside a run's own training data, if
     those were a folder with both."""
     row = BENCHMARKS[benchmark]
-    own = s is not None and Path(s.data).is_dir() and row.group == data.TASKS[s.task].group
+    own = (s is not None and Path(s.data).is_dir() and row.group == data.TASKS[s.task].group
+           and data.stands_in(Path(s.data), row.source))
     return s.data if s is not None and own else row.source
 
 
@@ -712,9 +738,12 @@ def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: 
     began, row = time.perf_counter(), BENCHMARKS[name]
     records = evaluator.ask(name, asked)
     judged = records[0]["correct"] is not None
-    found: dict[str, Any] = {"score": score_of(name, records) if judged else None,
-                             "n": len(records)}
-    if judged and row.metric is accuracy:
+    found: dict[str, Any] = {"n": len(records)}
+    if row.columns:
+        found["scores"] = column_scores(name, records)
+    else:
+        found["score"] = score_of(name, records) if judged else None
+    if judged and row.metric is accuracy and not row.columns:
         found["correct"] = sum(r["correct"] for r in records)
     if row.loss_under:
         found["answer_loss"] = evaluator.answer_loss(rows, row.loss_under)
@@ -722,8 +751,10 @@ def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: 
     found |= {"parts": parts} if parts else {}
     found["seconds"] = round(time.perf_counter() - began, 1)
     what = (f"{found['n']} programs, not executed: --allow-code-execution runs them, or give eval/"
-            f"{name}-samples.jsonl to EvalPlus" if not judged else
+            f"{name}-samples.jsonl to EvalPlus" if row.program and not judged else
             f"{found['correct']} of {found['n']} right" if "correct" in found else
+            ", ".join(f"{c} {shown(v)}" for c, v in found["scores"].items())
+            + f" over {found['n']}" if "scores" in found else
             f"undefined over {found['n']}" if found["score"] is None else
             f"{row.about} {found['score']:.2f} over {found['n']}")
     print(f"{name:8} {what}"

@@ -337,10 +337,11 @@ def show(s: Settings, plan: Plan, known: str) -> None:
     if s.how.trains == "weights":
         print(f"trainable     all {million(plan.trainable)}, fp32 master weights")
     elif s.how.adaptive:
-        paper = (PRESETS.get((known, s.task), Preset({})).printed or (0, 0))[0]  # its own alone
+        row = PRESETS.get((known, s.task), Preset({}))  # its own alone
+        paper = (row.printed or (0, 0))[0] if s.rank == row.settings.get("rank", 128) else 0
         print(f"trainable     {million(plan.trainable)} if every shallow rank were r_avg; the data "
               f"decide, between {million(plan.bounds[0])} and {million(plan.bounds[1])}"
-              + (f"; the paper prints {paper}M" if paper and s.rank == 128 else ""))
+              + (f"; the paper prints {paper}M" if paper else ""))
         print(f"              LoRA of rank {s.rank}: {million(plan.uniform)}")
     else:
         print(f"trainable     {million(plan.trainable)}")
@@ -382,12 +383,13 @@ def counts(s: Settings, shapes: Shapes, printed: int | None) -> str:
 
 def paper_table() -> Iterator[str]:
     """Every model and task of the paper, in Markdown: trainable parameters in millions."""
-    yield ("| model | parameters | task | shallow of blocks | LoRA 128 | FARSS 128 | matched R | "
+    yield ("| model | parameters | task | shallow of blocks | LoRA | FARSS | matched R | "
            "FARSS at it |")
     yield "|---|---|---|---|---|---|---|---|"
     for (model, task), row in PRESETS.items():
         if model and row.printed:
-            yield table_row(model, task, row, DECODER_TARGETS["seven"])
+            yield table_row(model, task, row,
+                            DECODER_TARGETS[row.settings.get("targets", "seven")])
     for name, targets in ENCODER_TARGETS.items():
         yield table_row("roberta-base", f"GLUE, {name} linears", GLUE, targets)
 
@@ -396,8 +398,9 @@ def table_row(model: str, task: str, row: Preset, targets: tuple[str, ...]) -> s
     config = checkpoint.MODELS[model][1]
     skeleton = empty(config)
     shapes = linear_shapes(skeleton, targets)
+    ranks = {k: row.settings[k] for k in ("rank", "r_avg", "r_max") if k in row.settings}
     s = Settings(model=model, targets=",".join(targets),
-                 shallow=whole_blocks(row.settings["shallow"], config))
+                 shallow=whole_blocks(row.settings["shallow"], config), **ranks)
     at_128, at_matched = row.printed or (None, None)
     lora = s.rank * sum(m + n for m, n in shapes.values())
     parameters = sum(p.numel() for p in skeleton.parameters())

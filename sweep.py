@@ -37,7 +37,7 @@ import figures
 import plan
 import train
 from baselines import METHODS
-from benchmarks import of_group, of_task
+from benchmarks import of_task
 from checkpoint import UserError
 from settings import (
     Parser,
@@ -159,8 +159,7 @@ def base_results(model: str, task: str, out: Path) -> dict:
 
 def mean_score(results: dict, group: str) -> float:
     """Mean score in % of the benchmarks of a group."""
-    benchmarks = results["benchmarks"]
-    return fmean(benchmarks[name]["score"] for name in of_group(benchmarks, group))
+    return fmean(evaluation.scores_in(results, group).values())
 
 
 def row_of(job: Job, base: dict) -> dict[str, Any]:
@@ -169,12 +168,12 @@ def row_of(job: Job, base: dict) -> dict[str, Any]:
     ranks = job.run / "ranks.json"
     report = checkpoint.read_json(ranks) if ranks.exists() else {}
     log = [json.loads(line) for line in (job.run / "log.jsonl").read_text().splitlines()]
-    scores = {name: b["score"] for name, b in results["benchmarks"].items()}
-    known = of_group(scores, data.TASKS[s.task].knowledge)
-    before = {b: base["benchmarks"][b]["score"] for b in known}
+    scores = evaluation.scores_in(results)
+    known = evaluation.scores_in(results, data.TASKS[s.task].knowledge)
+    before = {c: evaluation.scores_in(base)[c] for c in known}
     return {
         "method": s.method, "lr": s.lr, "seed": s.seed, **scores, **evaluation.mean_parts(results),
-        "K": evaluation.knowledge_score({b: scores[b] for b in known}, before),
+        "K": evaluation.knowledge_score(known, before),
         "task_score": mean_score(results, data.TASKS[s.task].group),
         "trainable": results["trainable"],
         "shallow_rank_asked": report.get("shallow_rank_asked", ""),
@@ -201,9 +200,10 @@ def full_results(jobs: list[Job], lr: float) -> dict:
             if job.settings.method == REFERENCE and job.settings.lr == lr]
     first = runs[0]
     benchmarks = {
-        name: b | {"score": fmean(r["benchmarks"][name]["score"] for r in runs)}
-        | ({"parts": {part: fmean(r["benchmarks"][name]["parts"][part] for r in runs)
-                      for part in b["parts"]}} if "parts" in b else {})
+        name: b
+        | ({"score": fmean(r["benchmarks"][name]["score"] for r in runs)} if "score" in b else {})
+        | {several: {part: fmean(r["benchmarks"][name][several][part] for r in runs)
+                     for part in b[several]} for several in ("scores", "parts") if several in b}
         for name, b in first["benchmarks"].items()}
     for b in benchmarks.values():
         for of_one_run in ("correct", "seconds", "answer_loss"):
@@ -224,8 +224,7 @@ def write_results(folder: Path, jobs: list[Job], base: dict) -> list[dict]:
         full = full_results(done, lr)
         full["summary"] = evaluation.summarise(full, folder / "base.json", None)
         checkpoint.save_json(folder / "full.json", full)
-        whole = {name: full["benchmarks"][name]["score"]
-                 for name in of_group(full["benchmarks"], data.TASKS[full["task"]].group)}
+        whole = evaluation.scores_in(full, data.TASKS[full["task"]].group)
         for row in rows:
             row["T"] = evaluation.task_score({name: row[name] for name in whole}, whole)
             row["KT"] = evaluation.harmonic_mean(row["K"], row["T"])

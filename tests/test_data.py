@@ -140,10 +140,73 @@ def test_metamath_and_gsm8k_columns():
     ({"question": "Q", "answer": "A", "source": "x"}, ("Q", "A")),
     ({"question": "Q", "response": "R", "answer": "bare"}, ("Q", "R")),
     ({"query": "Q", "response": "R", "original_question": "O"}, ("Q", "R")),
-    ({"query": "Q", "answer": "A", "resource": "x", "lang": "python"}, ("Q", "A")),
+    ({"query": "Q", "answer": "R", "resource": "x", "lang": "python"}, ("Q", "R")),
+    ({"query": "Q", "response": "R", "input": "I", "context": "C"}, ("Q\nI\nC", "R")),
+    ({"conversation_id": 1, "category": "x", "dataset": "y",
+      "conversation": [{"human": "Q", "assistant": "R"}]}, ("Q", "R")),
+    ({"instruction": "Q", "output": "R", "history": [], "system": ""}, ("Q", "R")),
 ])
 def test_known_layouts_are_used_rightly(fields, expected):
     assert data.question_and_response(data.Row(fields, "x")) == expected
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"instruction": "Q", "output": "R", "history": [["a", "b"]]}, "'history' has content"),
+    ({"question": "Q", "answer": "R", "choices": {"text": ["a"]}}, "'choices' has content"),
+    ({"question": "Q", "answer": "R", "input": ["a"]}, "'input' is"),
+    ({"conversation": [{"human": "Q", "assistant": "R"}] * 2}, "not a single question"),
+    ({"conversation": ["Q", "R"]}, "not a single question"),
+    ({"conversation": [{"human": "Q", "assistant": "R"}], "system": "S"}, "'system' has content"),
+    ({"conversation": [{"human": "Q"}]}, "no 'query' with 'response'"),
+])
+def test_content_that_would_be_left_out_is_refused(fields, says):
+    with pytest.raises(C.UserError, match=f"x:3: .*{says}"):
+        data.question_and_response(data.Row(fields, "x:3"))
+
+
+def test_only_the_math_task_rewrites_a_response():
+    """A heading at the end of an answer is no result, and << >> may be code."""
+    row = data.Row({"query": "Q", "answer": "a <<b>>\n\n#### See also"}, "x")
+    for task in ("code", "instruction", "commonsense"):
+        assert data.question_and_response(row, data.TASKS[task])[1] == "a <<b>>\n\n#### See also"
+
+
+def test_commonsense_prompts_byte_for_byte(tokenizer):
+    """LLM-Adapters' in training and in testing: indented, and unlike in white space. A second line
+    of the instruction is not indented."""
+    S = "                "
+    trained = ("Below is an instruction that describes a task. Write a response that appropriately "
+               f"completes the request.  \n\n{S}### Instruction:\n{S}Is it?\n\nAnswer format: "
+               f"true/false\n{S}\n{S}### Response:\n{S}")
+    row = data.Row({"instruction": "Is it?\n\nAnswer format: true/false", "input": "",
+                    "output": "the correct answer is true", "answer": "true"}, "x")
+    task = data.TASKS["commonsense"]
+    _, example, _ = data.example_of(row, tokenizer, task, 512)
+    assert tokenizer.decode(example.ids) == trained + "the correct answer is true"
+    assert tokenizer.decode(example.ids[example.prompt_length :]) == "the correct answer is true"
+    tested = data.COMMONSENSE_TEST_PROMPT.format(instruction=row.fields["instruction"])
+    assert tested == trained.replace("  \n\n", " \n\n").replace(f"\n{S}\n", "\n\n")
+    assert data.columns(row, task) == ["instruction", "output"]
+
+
+@pytest.mark.parametrize("task", ["math", "code", "instruction"])
+def test_language_tasks_have_the_official_prompt(task):
+    assert data.TASKS[task].prompt == data.PROMPT
+
+
+def test_one_folder_holds_several_test_sets(tmp_path):
+    """LLM-Adapters' `dataset` folder, and MATH beside GSM8K as in the official repository."""
+    row = {"instruction": "Q", "input": "", "output": "O", "answer": "true"}
+    for name in ("boolq/test.json", "piqa/test.json", "MATH_test.jsonl", "test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, [row | {"instruction": name}])
+    for source, name in (("commonsense:boolq", "boolq/test.json"), ("math-test", "MATH_test.jsonl"),
+                         ("commonsense:piqa", "piqa/test.json"), ("gsm8k-test", "test.jsonl")):
+        found = data.read_rows(str(tmp_path), source)
+        assert found[0].fields["instruction"] == name and data.stands_in(tmp_path, source)
+    assert not data.stands_in(tmp_path, "commonsense:winogrande")
+    with pytest.raises(C.UserError, match="holds no winogrande/test file"):
+        data.read_rows(str(tmp_path), "commonsense:winogrande")
 
 
 def test_the_official_prompt_byte_for_byte():
@@ -216,10 +279,16 @@ def test_hub_datasets_are_asked_for_by_repository_and_file(monkeypatch, tmp_path
 
     (tmp_path / "x.json").write_text(json.dumps(ROWS))
     monkeypatch.setattr(data, "hub_download", hub)
-    for name, (place, *_) in data.SOURCES.items():
-        assert isinstance(place, Path) or len(data.read_rows(name)) == len(ROWS)
+    for name, row in data.SOURCES.items():
+        if str(row.place).startswith("https:"):  # not on the hub: what to do is said
+            with pytest.raises(C.UserError, match=f"{name} is not on the hub; get {row.file} of"):
+                data.read_rows(name)
+        elif not isinstance(row.place, Path):
+            assert len(data.read_rows(name)) == len(ROWS) * len(row.subsets or "1")
     assert f"has {len(ROWS)} rows, and glue:rte/train as published 2,490" in capsys.readouterr().out
     assert ("meta-math/MetaMathQA", "MetaMathQA-395K.json", "dataset") in asked
+    assert [file for repo, file, _ in asked if repo == "EleutherAI/hendrycks_math"] == [
+        f"{subject}/test-00000-of-00001.parquet" for subject in data.SUBJECTS]
     assert ("nyu-mll/glue", "mnli/validation_mismatched-00000-of-00001.parquet", "dataset") in asked
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_benchmarks import ROWS
 from tiny import byte_tokenizer, oracle, tiny_llama, write_checkpoint, write_data
 
 import checkpoint as C
@@ -70,6 +71,37 @@ def test_completions_are_in_order_and_do_not_depend_on_the_batch(evaluator):
     evaluator.batch_size = 1
     assert batched == evaluator.completions(prompts, *args)
     assert len(set(batched)) > 3  # not all alike
+
+
+@pytest.mark.parametrize("name", [n for n, b in E.BENCHMARKS.items() if b.protocol == "complete"
+                                  and not b.columns])
+def test_a_benchmark_batched_is_the_same_as_one_by_one(evaluator, name):
+    row = ROWS[name]
+    longer = {k: f"{v} {'and more ' * 3}" if k in data.QUESTION else v for k, v in row.items()}
+    evaluator.max_new_tokens = 6
+    batched = ask(evaluator, name, row, longer, row)
+    evaluator.batch_size = 1
+    assert batched == ask(evaluator, name, row, longer, row)
+    assert batched[0] == batched[2] != batched[1]
+
+
+def test_commonsense_scores_a_scripted_answer(evaluator, monkeypatch):
+    said = evaluator.tokenizer.encode("the correct answer is answer3\n\nanswer1", False)
+    monkeypatch.setattr(M, "generate", lambda model, ids, *_: [said for _ in ids])
+    records = ask(evaluator, "siqa", ROWS["siqa"], ROWS["siqa"] | {"answer": "answer1"})
+    assert [r["correct"] for r in records] == [True, False]
+    assert {r["extracted"] for r in records} == {"answer3"}
+
+
+def test_math_is_scored_by_either_rule(evaluator, monkeypatch):
+    said = evaluator.tokenizer.encode("8/2 is 4.\nThe answer is: x/2.\nInstruction: more", False)
+    monkeypatch.setattr(M, "generate", lambda model, ids, *_: [said for _ in ids])
+    verdicts = []
+    for evaluator.scoring in ("strict", "official"):
+        (record,) = ask(evaluator, "math", ROWS["math"])
+        assert (record["extracted"], record["gold"]) == ("x/2", "\\frac82")
+        verdicts.append(record["correct"])
+    assert verdicts == [False, True]
 
 
 def test_nq_open_scores_a_scripted_answer(evaluator, monkeypatch):
@@ -239,7 +271,8 @@ def world(tmp_path, monkeypatch):
     return tmp_path
 
 
-FILES = ["--data", "gsm8k=d/test.jsonl", "nq_open=d/nq.jsonl", "webqs=d/webqs.json"]
+FILES = ["--benchmarks", "gsm8k,nq_open,webqs",
+         "--data", "gsm8k=d/test.jsonl", "nq_open=d/nq.jsonl", "webqs=d/webqs.json"]
 
 
 def test_a_run_is_scored_like_the_model_in_memory_and_results_say_all(world, capsys):
@@ -413,6 +446,61 @@ def test_a_second_evaluation_keeps_the_other_benchmarks(world, monkeypatch, caps
     write_checkpoint("tiny", seed=5)
     E.main(["tiny", *NQ])
     assert counts() == {"nq_open": 2} and "is replaced" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------- benchmarks of several scores
+
+
+IFEVAL = ["--benchmarks", "ifeval,nq_open", "--data", "ifeval=ifeval.jsonl", "nq_open=d/nq.jsonl",
+          "--max-new-tokens", "4"]
+
+
+def test_several_scores_of_a_benchmark_are_columns_everywhere(world, monkeypatch, capsys):
+    """Stored, printed, in the table, in Avg, and in T against full fine-tuning by column; without
+    the checkers the outputs are there and the scores undefined."""
+    (world / "ifeval.jsonl").write_text("".join(
+        json.dumps(ROWS["ifeval"] | {"key": i}) + "\n" for i in range(4)))
+    for folder in (world / "runs").iterdir():  # as if they had been trained on instructions
+        run = json.loads((folder / "run.json").read_text())
+        run["settings"]["task"] = "instruction"
+        (folder / "run.json").write_text(json.dumps(run))
+
+    def judge(output, gold):
+        return {"P-S": [gold["key"] < 1], "P-L": [gold["key"] < 2], "I-S": [True, gold["key"] < 2],
+                "I-L": [True, True, gold["key"] < 2]}
+
+    row = E.BENCHMARKS["ifeval"]._replace(prepare=None)
+    monkeypatch.setitem(E.BENCHMARKS, "ifeval", row._replace(judge=lambda *_: None))
+    E.main(["tiny", "--task", "instruction", *IFEVAL])
+    out = capsys.readouterr().out
+    assert "ifeval   P-S undefined, P-L undefined, I-S undefined, I-L undefined over 4" in out
+    records = [json.loads(r) for r in (world / "runs/tiny-base/eval/ifeval.jsonl").open()]
+    assert len(records) == 4 and all(r["correct"] is None and r["prompt"] for r in records)
+    monkeypatch.setitem(E.BENCHMARKS, "ifeval", row._replace(judge=judge))
+    for name in ("full", "farss"):
+        E.main([f"runs/tiny-math-{name}-s0", *IFEVAL, *(["--full-results", "runs/tiny-math-full-s0"]
+                                                         if name == "farss" else [])])
+    results = json.loads((world / "runs/tiny-math-farss-s0/results.json").read_text())
+    four = {"P-S": 25.0, "P-L": 50.0, "I-S": 75.0, "I-L": pytest.approx(250 / 3)}
+    assert results["benchmarks"]["ifeval"]["scores"] == four
+    assert "score" not in results["benchmarks"]["ifeval"]
+    known = results["benchmarks"]["nq_open"]["score"]
+    assert results["summary"]["T"] == 1
+    assert results["summary"]["Avg"] == pytest.approx((150 + 250 / 3 + known) / 5)
+    assert E.scores_in(results) == four | {"nq_open": known}
+    assert E.scores_in(results, "instruction") == four
+    out = capsys.readouterr().out
+    assert "P-S 25.00, P-L 50.00, I-S 75.00, I-L 83.33 over 4" in out
+    assert out.splitlines()[-2].split()[2:7] == ["P-S", "P-L", "I-S", "I-L", "nq_open"]
+
+
+def test_the_papers_instruction_row_is_compared_by_column():
+    """Table 2c's full fine-tuning, and twice its scores: T = 2."""
+    full = {"P-S": 17.93, "P-L": 19.59, "I-S": 30.70, "I-L": 29.14}
+    mine = {"model": "llama2-7b", "task": "instruction", "benchmarks": {"ifeval": {
+        "scores": {c: 2 * v for c, v in full.items()}, "n": 541, "scoring": None}}}
+    assert E.summarise(mine, "paper", "paper") == {"T": pytest.approx(2), "Avg": pytest.approx(
+        2 * sum(full.values()) / 4)}
 
 
 def test_a_base_is_known_by_its_weights_wherever_it_lies(world, monkeypatch):

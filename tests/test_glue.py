@@ -212,6 +212,7 @@ def test_columns_that_a_task_uses():
         "sentence1", "sentence2", "gold_label"]
     assert used("math", "instruction", "input", "output") == ["instruction", "input", "output"]
     assert used("math", "question", "answer") == ["question", "answer"]
+    assert used("code", "query", "answer", "resource", "lang") == ["query", "answer"]
 
 
 @pytest.mark.parametrize("texts, least", [(["abc d"], 2), (["abc d", "ef g"], 4)])

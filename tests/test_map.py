@@ -182,16 +182,6 @@ def test_every_commands_flags_exist():
             assert all(f'"{flag}"' in script for flag in words[2:])
 
 
-def test_what_is_said_to_be_missing_is_missing():
-    from benchmarks import BENCHMARKS
-    from data import TASKS
-
-    said = re.search(r"no benchmarks (.*?) and no\s+tasks (.*?):", parts()[0], re.S).groups()
-    for names, table in zip(said, (BENCHMARKS, TASKS), strict=True):
-        found = re.findall(r"`(\w+)`", names)
-        assert found and not set(found) & set(table)
-
-
 @pytest.mark.parametrize("row", SILENT, ids=[row[0].replace(" ", "_") for row in SILENT])
 def test_a_silence_says_why_and_links_its_line(row):
     assert len(row) == 6 and all(row)

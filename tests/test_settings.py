@@ -10,6 +10,7 @@ from tiny import tiny_llama, write_checkpoint, write_data
 import baselines
 import checkpoint as C
 import data
+import eval as evaluation
 import model as M
 import plan as P
 import settings as S
@@ -106,9 +107,32 @@ def test_a_row_of_the_model_goes_before_one_of_the_task_and_a_task_must_exist(mo
 def test_presets_name_settings_and_models():
     names = {f.name for f in fields(S.Settings)}
     for (model, task), row in S.PRESETS.items():
-        # code and instruction: rows of the table of parameters, before there is such a task
-        assert model in (None, *C.MODELS) and task in (*data.TASKS, "code", "instruction")
-        assert set(row.settings) <= names
+        assert model in (None, *C.MODELS) and task in data.TASKS
+        assert set(row.settings) <= names and set(row.sources) <= names
+
+
+def test_table_9s_settings_by_model():
+    """As printed, but for r_avg and r_max, whose rows it has exchanged."""
+    table = {row["hyperparameter"]: row for row in evaluation.paper_tables()["09"]}
+    for model in ("llama2-7b", "llama3-8b"):
+        s = settled("--model", model, "--task", "commonsense")
+        printed = {name: row[model] or row["both"] for name, row in table.items()}
+        assert {"shallow layers split": s.shallow, "r_min": s.r_min, "r_max": s.r_avg,
+                "r_avg": s.r_max, "Rank r": s.rank, "alpha": s.alpha, "Dropout": s.dropout,
+                "LR": s.lr, "Batch size": s.batch_size, "Warmup Steps": s.warmup,
+                "Epochs": s.epochs} == {n: float(v) for n, v in printed.items()
+                                        if n not in ("Optimizer", "LR Scheduler", "Where")}
+        names = [n.lower() + "_proj" for n in printed["Where"].split(", ")]
+        assert s.target_names == names and s.scaling == 2
+        plan = P.make(s, C.MODELS[model][1], rows=170420)
+        assert plan.warmup_steps == 100 and plan.steps == 3 * -(-170420 // 16)
+        said = origins(S.training_arguments("", ["--model", model, "--task", "commonsense",
+                                                 "--method", "kasa", "--dry-run"]))
+        assert any(line.startswith("  the paper, A.5, Table 9: ") and "lr 0.0003" in line
+                   for line in said)
+        assert ("  the paper, A.4.2: kasa beta " + ("0.01, kasa gamma 0.0001" if model ==
+                "llama2-7b" else "0.0001, kasa gamma 0.001")) in said
+    assert settled("--model", "llama3.2-1b", "--task", "commonsense").r_max == 24
 
 
 def test_every_setting_is_a_flag_with_a_help_text():
