@@ -270,7 +270,7 @@ def starts(width: int, mlp: int, methods: list[str]) -> None:
 
 
 def gram_svd(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eq. 13 from W Wᵀ = U Σ² Uᵀ in fp64, m <= n: Vᵀ = Σ⁻¹ Uᵀ W. Its small σ carry an error of
+    """The SVD from W Wᵀ = U Σ² Uᵀ in fp64, m <= n: Vᵀ = Σ⁻¹ Uᵀ W. Its small σ carry an error of
     about 1e-16 σ_1² / σ, so that it does not serve for the lowest directions of every W."""
     W = W.double()
     square, U = torch.linalg.eigh(W @ W.T)

@@ -617,7 +617,7 @@ def measure_layer(name: str, W: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor, bu
 def candidates(name: str, U: Tensor, S: Tensor, Vh: Tensor, lam: Tensor, gam: Tensor,
                budget: Budget, first_token_share: float, importance: float | None = None
                ) -> Measurement:
-    """Eq. 15-17: the directions by score, as many as the layer's rank can possibly need."""
+    """The directions by score (Eq. 15-17), as many as the layer's rank can possibly need."""
     s = direction_scores(S, lam, gam)
     if not s.isfinite().all():
         raise ValueError(f"a score of {name} is not finite: an activation or a gradient is not")

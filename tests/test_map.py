@@ -115,7 +115,7 @@ def test_links_lead_to_the_line():
 
 
 @pytest.mark.parametrize("path", sorted(
-    {*re.findall(r"\]\(([^)#:]+)", parts()[0]), *(NOTEBOOKS[x] for x in labels(parts()[0])
+    {*re.findall(r"\]\((?!https?:)([^)#:]+)", parts()[0]), *(NOTEBOOKS[x] for x in labels(parts()[0])
                                                    if x in NOTEBOOKS)}))
 def test_linked_files_exist(path):
     assert (REPO / path).exists()
