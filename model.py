@@ -228,26 +228,44 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all blocks, allocated once: (b, kv_heads, capacity, head_dim) each."""
+    """Keys and values of all blocks, allocated once, for sequences that begin and end each on its
+    own. A slot holds one sequence, its first token in column 0."""
 
-    def __init__(self, config: Config, batch: int, capacity: int, like: Tensor):
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [like.new_empty(shape) for _ in range(config.num_hidden_layers)]
-        self.values = [like.new_empty(shape) for _ in range(config.num_hidden_layers)]
-        self.length = 0  # positions filled; moved on by Decoder.forward after the last block
+    def __init__(self, store: Tensor, lengths: Tensor):
+        self.store = store  # (blocks, 2, slots, kv_heads, capacity, head_dim): keys, values
+        self.lengths = lengths  # (slots,), on the CPU: tokens held; whoever fills slots moves it on
+
+    @classmethod
+    def allocate(cls, config: Config, slots: int, capacity: int, like: Tensor) -> "KVCache":
+        """Empty slots; zeros, since what is masked is multiplied by 0, which must not meet NaN."""
+        store = like.new_zeros(config.num_hidden_layers, 2, slots, config.num_key_value_heads,
+                               capacity, config.head_dim)
+        return cls(store, torch.zeros(slots, dtype=torch.long))
+
+    def part(self, first: int, last: int) -> "KVCache":
+        """The slots first .. last - 1, in the same memory."""
+        return KVCache(self.store[:, :, first:last], self.lengths[first:last])
+
+    def move(self, source: int, target: int) -> None:
+        """The sequence of slot `source` goes on in `target`; `source` is empty, as at first."""
+        self.store[:, :, target] = self.store[:, :, source]
+        self.lengths[target] = self.lengths[source]
+        self.store[:, :, source] = self.lengths[source] = 0
+
+    def reserve(self, t: int) -> Tensor:
+        """Positions (slots, t) of the next t tokens of each sequence, where `extend` writes."""
+        self.position = (self.lengths[:, None] + torch.arange(t)).to(self.store.device)
+        self.end = int(self.lengths.max()) + t
+        return self.position
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (b, kv_heads, t, head_dim) behind what is there; return all so far."""
-        end = self.length + k.shape[2]
-        self.keys[block][:, :, self.length : end] = k
-        self.values[block][:, :, self.length : end] = v
-        return self.keys[block][:, :, :end], self.values[block][:, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop the sequences that `rows` (bool, (b,)) does not mark, block by block."""
-        for store in (self.keys, self.values):
-            for i, tensor in enumerate(store):
-                store[i] = tensor[rows]
+        """Write k, v (slots, kv_heads, t, head_dim) where they were reserved. Returns all keys and
+        values (slots, kv_heads, end, head_dim); what they hold behind a sequence means nothing."""
+        slot = torch.arange(len(k), device=k.device)[:, None]
+        keys, values = self.store[block]
+        keys[slot, :, self.position] = k.transpose(1, 2)
+        values[slot, :, self.position] = v.transpose(1, 2)
+        return keys[:, :, : self.end], values[:, :, : self.end]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
@@ -257,16 +275,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
     mask (b, 1, t, T) bool says which keys a query sees; None: all up to its own position. No fused
     kernel knows the soft cap, so with one the scores (b, heads, t, T) are formed.
     """
-    t, groups = q.shape[2], q.shape[1] // k.shape[1]
+    b, heads, t, width = q.shape
+    groups = heads // k.shape[1]
+    if t == 1:  # a group's heads become its queries, so that no key is repeated for them
+        q, groups = q.reshape(b, -1, groups, width), 1
     if cap is None:
-        return F.scaled_dot_product_attention(
+        y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, scale=scale,
             enable_gqa=groups > 1)
+        return y.reshape(b, heads, t, width)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = soft_cap(q @ k.transpose(2, 3) * scale, cap)
     if mask is None:
         mask = torch.ones(t, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - t)
-    scores = soft_cap(q @ k.transpose(2, 3) * scale, cap).masked_fill(~mask, -math.inf)
-    return at_least_fp32(scores).softmax(-1).to(q.dtype) @ v
+    probabilities = at_least_fp32(scores.masked_fill(~mask, -math.inf)).softmax(-1).to(q.dtype)
+    return (probabilities @ v).reshape(b, heads, t, width)
 
 
 class Attention(nn.Module):
@@ -358,31 +381,31 @@ class Decoder(nn.Module):
               cache: KVCache | None = None) -> tuple[Tensor, Context]:
         """The hidden state (b, t, d) before the first block, and the context of all blocks.
 
-        attention_mask (b, cached + t) marks real tokens with 1; it may pad on either side.
-        None means no padding on the left: then causality alone keeps right padding away from
-        every real token, and no mask tensor is built.
+        attention_mask (b, t) marks real tokens with 1; it may pad on either side. None means no
+        padding on the left: then causality alone keeps right padding away from every real token,
+        and no mask tensor is built. With a cache the tokens go on in its slots, none padded on the
+        left; ValueError for a mask beside it.
         """
-        b, t = input_ids.shape
-        start = cache.length if cache is not None else 0
-        window = self.config.sliding_window
-        narrow = window is not None and start + t > window  # the window leaves keys out
-        if attention_mask is None and (narrow or (start and t > 1)):
-            # is_causal knows no window, and lines queries up with the first keys, not the last.
-            attention_mask = input_ids.new_ones(b, start + t)
+        if attention_mask is not None and cache is not None:
+            raise ValueError("the slots of a cache are not padded, and take no attention mask")
+        t, device = input_ids.shape[1], input_ids.device
+        query = torch.arange(t, device=device)[None] if cache is None else cache.reserve(t)
+        total = t if cache is None else cache.end
         x = self.embed_tokens(input_ids)
         if self.embedding_scale is not None:
-            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype, device=x.device)
-        if attention_mask is None:
-            position = torch.arange(start, start + t, device=x.device)[None]
-        else:
-            position = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
-        angle = position[..., None].float() * rope_frequencies(self.config, x.device)
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype, device=device)
+        position = query if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        angle = position[..., None].float() * rope_frequencies(self.config, device)
         angle = torch.cat((angle, angle), dim=-1)[:, None]  # (b or 1, 1, t, head_dim)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        mask = None if attention_mask is None else causal_mask(attention_mask, t)
-        if attention_mask is None or not narrow:
+        window = self.config.sliding_window
+        narrow = window is not None and total > window  # the window leaves keys out
+        if attention_mask is None and total == t and not narrow:
+            return x, (cos, sin, None, None)  # is_causal says it all
+        mask = causal_mask(query, total, attention_mask)
+        if not narrow:
             return x, (cos, sin, mask, mask)
-        return x, (cos, sin, mask, causal_mask(attention_mask, t, window))
+        return x, (cos, sin, mask, causal_mask(query, total, attention_mask, window))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:
@@ -392,7 +415,6 @@ class Decoder(nn.Module):
             return self.norm(run_blocks(self, self.layers, x, context))
         for layer in self.layers:
             x = layer(x, *context, cache)
-        cache.length += input_ids.shape[1]
         return self.norm(x)
 
 
@@ -407,16 +429,17 @@ def run_blocks(stack: Any, blocks: Iterable[nn.Module], x: Tensor, context: Sequ
     return x
 
 
-def causal_mask(attention_mask: Tensor, t: int, window: int | None = None) -> Tensor:
-    """(b, 1, t, T) bool: which of T keys each of the last t positions may attend to.
+def causal_mask(query: Tensor, total: int, attention_mask: Tensor | None,
+                window: int | None = None) -> Tensor:
+    """(b or 1, 1, t, total) bool: which keys the queries in columns `query` (b or 1, t) see.
 
-    With a window only the last so many, its own among them. A padded position sees itself, since
+    With a window only the last so many, their own among them. A padded position sees itself, since
     a softmax over nothing is NaN.
     """
-    total = attention_mask.shape[1]
-    key = torch.arange(total, device=attention_mask.device)
-    query = key[total - t :, None]
+    key, query = torch.arange(total, device=query.device), query[:, None, :, None]
     seen = key <= query if window is None else (key <= query) & (key > query - window)
+    if attention_mask is None:
+        return seen
     return seen & (attention_mask[:, None, None].bool() | (key == query))
 
 
@@ -889,50 +912,71 @@ def merge(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------- decoding
 
 
-@torch.inference_mode()
-def generate(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-             eos_ids: Iterable[int] = (), stop: Callable[[list[int]], bool] | None = None,
-             ) -> list[list[int]]:
-    """Greedy continuation of each prompt: a list of new token ids, at most max_new_tokens.
+def next_tokens(model: CausalLM, rows: Sequence[Sequence[int]], cache: KVCache) -> list[int]:
+    """The likeliest next token behind each row, which goes on in the cache's slot of its place."""
+    lengths = torch.tensor([len(row) for row in rows])
+    longest, device = int(lengths.max()), cache.store.device
+    ids = torch.tensor([[*row] + [0] * (longest - len(row)) for row in rows], device=device)
+    hidden = model.model(ids, None, cache)
+    cache.lengths += lengths  # what comes next overwrites the padding's keys
+    last = hidden[torch.arange(len(rows), device=device), lengths.to(device) - 1]
+    return model.logits(last).argmax(-1).tolist()
 
-    Prompts are padded on the left, so that all rows end together. A row is finished by a token
-    of `eos_ids` (which is not returned) or when `stop(new_ids)` is true; finished rows leave
-    the batch. Apart from ties in the last bit of a logit, each row is what it would be alone.
-    Raises ValueError for an empty prompt, and for an encoder, which continues nothing.
+
+def continuations(model: CausalLM, prompts: Sequence[Sequence[int]], limits: Sequence[int],
+                  eos_ids: set[int], stop: Callable[[list[int]], bool] | None, slots: int,
+                  ) -> Iterator[tuple[int, list[int]]]:
+    """(index, new token ids) of each prompt of limit > 0, as soon as it has come to its end."""
+    waiting = sorted((i for i, n in enumerate(limits) if n), key=lambda i: len(prompts[i]))
+    capacity = max((len(prompts[i]) + limits[i] for i in waiting), default=0)
+    cache = KVCache.allocate(model.config, slots, capacity, like=embedding(model))
+    together = max(1, slots // 8)  # prompts begin a few at a time, which costs less than singly
+    new: dict[int, list[int]] = {i: [] for i in waiting}
+    live: list[int] = []  # slot s continues prompt live[s]; the slots behind are free
+    while waiting or live:
+        first, begin = 0, min(together, len(waiting))
+        if begin and len(live) + begin <= slots:
+            first = len(live)
+            live += [waiting.pop() for _ in range(begin)]
+        rows = [new[i][-1:] or prompts[i] for i in live[first:]]
+        tokens = next_tokens(model, rows, cache.part(first, len(live)))
+        for slot in reversed(range(first, len(live))):  # the last slot moves where one falls free
+            i, token = live[slot], tokens[slot - first]
+            if token not in eos_ids:
+                new[i].append(token)
+                if not (stop and stop(new[i])) and len(new[i]) < limits[i]:
+                    continue
+            cache.move(len(live) - 1, slot)
+            live[slot] = live[-1]
+            live.pop()
+            yield i, new.pop(i)
+
+
+@torch.inference_mode()
+def generate(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int],
+             eos_ids: Iterable[int] = (), stop: Callable[[list[int]], bool] | None = None,
+             batch_size: int | None = None,
+             finished: Callable[[int, list[int]], None] | None = None) -> list[list[int]]:
+    """Greedy continuation of each prompt: a list of new token ids, at most max_new_tokens (one
+    number for all or one for each).
+
+    A prompt is finished by a token of `eos_ids` (which is not returned) or when `stop(new_ids)` is
+    true; `finished(index, new_ids)` is then called. At most batch_size (None: all) are in work, the
+    longest first, so that memory trouble shows at once; the next take the place of the finished.
+    Apart from ties in the last bit of a logit, each is what it would be alone. Raises ValueError
+    for an empty prompt, and for an encoder, which continues nothing.
     """
     if not isinstance(model, CausalLM):
         raise ValueError(f"a {model.config.model_type} model does not generate text")
     if not all(prompts):
         raise ValueError("an empty prompt cannot be continued; give it at least a BOS token")
-    if not prompts:
-        return []
-    device, eos_ids = embedding(model).device, set(eos_ids)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    # One mask for the whole run: a column for each new token is real from the start.
-    mask = torch.ones(len(prompts), longest + max_new_tokens, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        mask[row, : longest - len(prompt)] = 0
-    padded = any(len(p) < longest for p in prompts)
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens,
-                    like=model.model.norm.weight)
+    n = len(prompts)
+    limits = [max_new_tokens] * n if isinstance(max_new_tokens, int) else max_new_tokens
     new: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # row i of the batch continues prompt rows[i]
     with evaluating(model):
-        for _ in range(max_new_tokens):
-            seen = mask[:, : cache.length + ids.shape[1]] if padded else None
-            token = model.logits(model.model(ids, seen, cache)[:, -1]).argmax(-1)
-            going = []
-            for row, t in zip(rows, token.tolist(), strict=True):
-                if t not in eos_ids:
-                    new[row].append(t)
-                going.append(t not in eos_ids and not (stop and stop(new[row])))
-            if not any(going):
-                break
-            if not all(going):
-                still = torch.tensor(going, device=device)
-                rows = [row for row, go in zip(rows, going, strict=True) if go]
-                token, mask = token[still], mask[still]
-                cache.keep(still)
-            ids = token[:, None]
+        for i, ids in continuations(model, prompts, limits, set(eos_ids), stop,
+                                    min(batch_size or n, n)):
+            new[i] = ids
+            if finished:
+                finished(i, ids)
     return new

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -286,10 +287,10 @@ def test_gradient_checkpointing():
 
 
 @torch.no_grad()
-def recomputed(model, new=16):
+def recomputed(model, new=16, prompts=PROMPTS):
     """The greedy continuation of each prompt, alone, by full recomputation: no cache, no batch."""
     out = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = list(prompt)
         for _ in range(new):
             ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
@@ -345,13 +346,84 @@ def test_stop(llama, chains):
     assert sorted(seen) == sorted(tuple(c[: i + 1]) for c in expected for i in range(len(c)))
 
 
-def test_rows_leave_the_batch(llama, monkeypatch):
-    sizes, forward = [], llama.model.forward
-    monkeypatch.setattr(llama.model, "forward",
-                        lambda ids, *a: (sizes.append(len(ids)), forward(ids, *a))[1])
-    count = iter(range(100))
-    M.generate(llama, PROMPTS, 16, (), lambda new: next(count) in (1, 4, 5))
-    assert sizes[:3] == [4, 3, 1]
+MANY = [[256, *range(3 * i, 3 * i + n)] for i, n in enumerate((2, 14, 5, 0, 9, 5, 21, 1, 30, 7))]
+
+
+@pytest.fixture(scope="module", params=[(k, d) for k in KINDS for d in ("float32", "float64")],
+                ids=lambda p: f"{p[0]}, {p[1]}")
+def many(request):
+    """A model, and what it makes of MANY one by one, 24 tokens: beyond windows and the original
+    context of scaled rotary, and enough for a random model to say one thing at several places."""
+    kind, dtype = request.param
+    model = tiny_llama(num_hidden_layers=2, dtype=getattr(torch, dtype), **KINDS[kind])
+    return model, recomputed(model, 24, MANY)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 64, None])
+def test_a_prompt_takes_the_place_of_a_finished_one(many, batch_size):
+    """More prompts than places and fewer; each has its limit, 0 and 1 among them, some meet the
+    end token before, at once or never, some the stop; the order is the prompts'."""
+    model, chains = many
+    limits = [24, 1, 17, 3, 24, 0, 9, 24, 2, 12]
+    eos, last = {chains[7][0], chains[0][9]}, chains[4][6]  # row 7 ends at once
+
+    def wanted(chain, limit):
+        for i, token in enumerate(chain[:limit]):
+            if token in eos:
+                return chain[:i]
+            if token == last:
+                return chain[: i + 1]
+        return chain[:limit]
+
+    expected = [wanted(c, n) for c, n in zip(chains, limits, strict=True)]
+    heard = {}
+    out = M.generate(model, MANY, limits, eos, lambda new: new[-1] == last, batch_size,
+                     heard.__setitem__)
+    assert out == expected
+    assert heard == {i: e for i, e in enumerate(expected) if limits[i]}
+    assert not expected[7] and len({len(e) for e in expected}) > 4
+
+
+def forwards(model, monkeypatch, *args):
+    """generate, and the shape of each batch of token ids that it ran."""
+    shapes, forward = [], model.model.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model, "forward",
+                      lambda ids, *a: (shapes.append(tuple(ids.shape)), forward(ids, *a))[1])
+        M.generate(model, *args)
+    return shapes
+
+
+def test_no_place_waits(llama, monkeypatch):
+    """Longest first; the third ends as soon as it begins, the fourth ends with the first."""
+    prompts, limits = [[1] * n for n in (2, 9, 4, 6)], [3, 4, 1, 2]
+    assert forwards(llama, monkeypatch, prompts, limits, (), None, 2) == [
+        (1, 9), (1, 6), (2, 1), (1, 4), (1, 2), (2, 1), (2, 1)]
+
+
+def test_prompts_begin_a_few_together(llama, monkeypatch):
+    """Two, where there are 16 places: a single free one, the first prompt's, waits for another."""
+    prompts, limits = [[1] * n for n in range(18, 0, -1)], [1] + [2] * 17
+    assert forwards(llama, monkeypatch, prompts, limits, (), None, 16) == [
+        *((2, n) for n in range(18, 2, -2)), (15, 1), (2, 2), (2, 1)]
+
+
+def test_the_finished_leave_the_batch(llama, monkeypatch):
+    shapes = forwards(llama, monkeypatch, PROMPTS, [1, 3, 5, 3])
+    assert [rows for rows, t in shapes if t == 1][1:] == [3, 3, 1, 1]
+
+
+@torch.no_grad()
+def test_nothing_of_a_finished_sequence_is_left(llama):
+    """What is masked is multiplied by 0, and NaN would survive that."""
+    cache = M.KVCache.allocate(llama.config, 2, 8, llama.lm_head.weight)
+    for slot in (0, 1):
+        M.next_tokens(llama, [[1, 2, 3 + slot]], cache.part(slot, slot + 1))
+    kept = cache.store[:, :, 1].clone()
+    cache.store[:, :, 0] = torch.nan
+    cache.move(1, 0)
+    equal(cache.store[:, :, 0], kept)
+    assert cache.lengths.tolist() == [3, 0] and not cache.store[:, :, 1].any()
 
 
 @pytest.mark.parametrize("prompts", [[[]], [[256], []]])
@@ -368,33 +440,35 @@ def test_generate_restores_train_mode(training):
     M.generate(model, [[1]], 2)
     assert states == [False, False]
     assert all(m.training is training for m in model.modules())
+    with pytest.raises(KeyboardInterrupt):
+        M.generate(model, [[1], [2]], 5, (), Mock(side_effect=[False, False, KeyboardInterrupt]))
+    assert states == [False] * 5
+    assert all(m.training is training for m in model.modules())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("cuts", [(6, 12), (5, 6, 9, 12), (10, 11, 12), (4, 12)])
-def test_cache_in_pieces(decoder, side, cuts):
-    """A sequence fed through the cache in pieces of any length equals the sequence at once."""
-    ids, mask = padded(side or "right", lengths=(12, 9))
-    mask = None if side is None else mask
-    cache, start, out = M.KVCache(decoder.config, 2, 12, decoder.lm_head.weight), 0, []
+def test_cache_in_pieces(decoder, cuts):
+    """Sequences fed through the cache in pieces of any length equal those at once, wherever each
+    of them begins; what other slots hold does not matter."""
+    long, short = padded("right", lengths=(17, 12))[0]
+    cache, start, out = M.KVCache.allocate(decoder.config, 4, 17, decoder.lm_head.weight), 0, []
+    M.next_tokens(decoder, [[7] * 17, long[:5].tolist()], cache.part(0, 2))
+    pair = cache.part(1, 3)
     for end in cuts:
-        seen = None if mask is None else mask[:, :end]
-        out.append(decoder.model(ids[:, start:end], seen, cache))
+        out.append(decoder.model(torch.stack((long[start + 5 : end + 5], short[start:end])), None,
+                                 pair))
+        pair.lengths += end - start
         start = end
-        assert cache.length == end
-    real = slice(None) if mask is None else mask.bool()
-    close(torch.cat(out, 1)[real], decoder.model(ids, mask)[real])
+    assert cache.lengths.tolist() == [17, 17, 12, 0]
+    close(torch.cat(out, 1), torch.stack((decoder.model(long[None])[0, 5:],
+                                          decoder.model(short[None, :12])[0])))
 
 
-@torch.no_grad()
-def test_cache_token_by_token(decoder):
-    """Without a mask, as generate does for prompts of one length."""
-    ids, _ = padded("right", lengths=(24, 24))
-    cache = M.KVCache(decoder.config, 2, 24, decoder.lm_head.weight)
-    out = [decoder.model(ids[:, :6], None, cache)]
-    out += [decoder.model(ids[:, i : i + 1], None, cache) for i in range(6, 24)]
-    close(torch.cat(out, 1), decoder.model(ids))
+def test_a_cache_takes_no_attention_mask(llama):
+    cache = M.KVCache.allocate(llama.config, 1, 2, llama.lm_head.weight)
+    with pytest.raises(ValueError, match="no attention mask"):
+        llama.model(torch.ones(1, 2).long(), torch.ones(1, 2).long(), cache)
 
 
 # --------------------------------------------------------------------------------- linear layers
