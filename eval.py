@@ -159,8 +159,6 @@ class Evaluator:
                     desc: str) -> list[str]:
         """Greedy completions, cut at the first stop string, in the order of the prompts."""
         ids = [self.tokenizer.encode(p, bos) for p in prompts]
-        out = [""] * len(prompts)
-        batches = data.batches_by_length(range(len(ids)), lambda i: len(ids[i]), self.batch_size)
         limit = self.max_new_tokens or limit
         most = max(map(len, ids), default=0) + limit
         if most > self.model.config.max_position_embeddings:
@@ -172,12 +170,10 @@ class Evaluator:
             text = self.tokenizer.decode(new[-tail:])
             return any(s in text for s in stops)
 
-        for batch in tqdm(batches, desc=desc, leave=False, disable=None):
-            new = M.generate(self.model, [ids[i] for i in batch], limit, self.tokenizer.eos_ids,
-                             stop if stops else None)
-            for i, tokens in zip(batch, new, strict=True):
-                out[i] = cut(self.tokenizer.decode(tokens), stops)
-        return out
+        with tqdm(total=len(ids), desc=desc, leave=False, disable=None) as bar:
+            new = M.generate(self.model, ids, limit, self.tokenizer.eos_ids,
+                             stop if stops else None, self.batch_size, lambda *_: bar.update())
+        return [cut(self.tokenizer.decode(tokens), stops) for tokens in new]
 
     def answer_loss(self, rows: list[data.Row], task: str) -> float | None:
         """Mean loss (nats per token) of the reference answers under the task's prompt.
