@@ -4,6 +4,7 @@
     python bench.py FOLDER --rows initialisation
     python bench.py --blocks            peak memory of the sweep as blocks are added; no FOLDER
     python bench.py --starts            the start of every method, beside peft's; no FOLDER
+    python bench.py --decompositions    three ways to Eq. 13; no FOLDER
 
 Every measurement is a process of its own, the two sides taking turns, so that their ratio holds
 when the machine's speed drifts and peak memory is each side's own. Reported: the median over
@@ -15,7 +16,10 @@ the rounds, and the median of the ratios round by round. Needs requirements-dev.
     generation      beside transformers: 16 prompts of 32 to 64 tokens, 64 new tokens each, greedy
     starts          seconds and memory added until the adapters are attached, on one random block
                     of Llama-2-7B's shapes (--width and --mlp for smaller ones), R = 128, 16
-                    sequences of 256 tokens; peft's, where it has the method, a sequence at a time
+                    sequences of 256 tokens; the block is a deep one, "/ shallow" the other kind;
+                    peft's, where it has the method, a sequence at a time
+    decompositions  seconds of torch's SVD, of farss.svd and of the fp64 eigendecomposition of the
+                    smaller Gram matrix, one random W of either shape
     initialisation  beside FARSS on factors of the whole model at once (kfac_factors), which need
                     the memory of all blocks: 16 sequences of 128 to 256 tokens, R = 32
 """
@@ -202,12 +206,12 @@ def sequences() -> list[data.Example]:
             for _ in range(SEQUENCES)]
 
 
-def start_here(method: str, width: int, mlp: int) -> dict[str, float]:
-    """Seconds and bytes that a method's start takes; the block counts as deep."""
+def start_here(method: str, width: int, mlp: int, shallow: bool = False) -> dict[str, float]:
+    """Seconds and bytes that a method's start takes."""
     torch.manual_seed(0)
     model = M.CausalLM(one_block(width, mlp)).eval()
-    s = Settings(model="a random block", method=method, shallow=0, rank=RANK, alpha=float(RANK),
-                 device="cpu", dtype="float32", calibration_examples=SEQUENCES)
+    s = Settings(model="a random block", method=method, shallow=int(shallow), rank=RANK,
+                 alpha=float(RANK), device="cpu", dtype="float32", calibration_examples=SEQUENCES)
     before, began = plan.memory_used("cpu"), time.perf_counter()
     train.initialise(model, s, sequences())
     return {"seconds": time.perf_counter() - began, "bytes": plan.memory_used("cpu") - before}
@@ -251,18 +255,45 @@ def start_in_peft(method: str, width: int, mlp: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "bytes": plan.memory_used("cpu") - before}
 
 
-def starts(width: int, mlp: int) -> None:
-    print(f"{'method':14}{'seconds':>9}{'GB added':>10}{'peft: seconds':>15}{'GB added':>10}")
+def starts(width: int, mlp: int, methods: list[str]) -> None:
+    print(f"{'method':16}{'seconds':>9}{'GB added':>10}{'peft: seconds':>15}{'GB added':>10}")
     size = (str(width), str(mlp))
-    for method, row in METHODS.items():
-        if row.trains != "adapters":
-            continue
-        here = fresh("--start", method, "here", *size)
-        line = f"{method:14}{here['seconds']:>9.1f}{here['bytes'] / 1e9:>10.2f}"
-        if peft_start(method) is not None:
-            there = fresh("--start", method, "peft", *size)
-            line += f"{there['seconds']:>15.1f}{there['bytes'] / 1e9:>10.2f}"
-        print(line, flush=True)
+    for method in methods:
+        kinds = {method: "here", f"{method} / shallow": "shallow"}
+        for name, side in list(kinds.items())[: 1 + METHODS[method].adaptive]:
+            here = fresh("--start", method, side, *size)
+            line = f"{name:16}{here['seconds']:>9.1f}{here['bytes'] / 1e9:>10.2f}"
+            if peft_start(method) is not None:
+                there = fresh("--start", method, "peft", *size)
+                line += f"{there['seconds']:>15.1f}{there['bytes'] / 1e9:>10.2f}"
+            print(line, flush=True)
+
+
+def gram_svd(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eq. 13 from W Wᵀ = U Σ² Uᵀ in fp64, m <= n: Vᵀ = Σ⁻¹ Uᵀ W. Its small σ carry an error of
+    about 1e-16 σ_1² / σ, so that it does not serve for the lowest directions of every W."""
+    W = W.double()
+    square, U = torch.linalg.eigh(W @ W.T)
+    S = square.flip(0).clamp(min=0).sqrt()
+    U = U.flip(1)
+    return U.float(), S.float(), ((U / S).T @ W).float()
+
+
+WAYS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "torch.linalg.svd": lambda W: torch.linalg.svd(W, full_matrices=False),
+    "farss.svd": farss.svd, "fp64 Gram": gram_svd}
+
+
+def decompositions(width: int, mlp: int) -> None:
+    print(f"{'shape':>14}" + "".join(f"{name:>18}" for name in WAYS))
+    for m, n in ((width, width), (width, mlp)):
+        W = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+        took = []
+        for way in WAYS.values():
+            began = time.perf_counter()
+            way(W)
+            took.append(time.perf_counter() - began)
+        print(f"{f'{m} x {n}':>14}" + "".join(f"{t:>16.1f} s" for t in took), flush=True)
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -314,6 +345,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--blocks", action="store_true", help="memory against number of blocks")
     parser.add_argument("--starts", action="store_true", help="the start of every method")
+    parser.add_argument("--methods", nargs="+", help="of --starts; default: all",
+                        choices=(adapted := [m for m, r in METHODS.items()
+                                             if r.trains == "adapters"]), default=adapted)
+    parser.add_argument("--decompositions", action="store_true", help="three ways to Eq. 13")
     parser.add_argument("--width", type=int, default=4096, help="of --starts; default %(default)s")
     parser.add_argument("--mlp", type=int, default=11008, help="of --starts; default %(default)s")
     parser.add_argument("--start", nargs=4, help=argparse.SUPPRESS)
@@ -328,12 +363,16 @@ def main() -> None:
         print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]))}))
     elif args.start:
         method, side, width, mlp = args.start
-        start = start_here if side == "here" else start_in_peft
-        print(json.dumps(start(method, int(width), int(mlp))))
-    elif args.starts:
+        size = int(width), int(mlp)
+        print(json.dumps(start_in_peft(method, *size) if side == "peft" else
+                         start_here(method, *size, side == "shallow")))
+    elif args.starts or args.decompositions:
         print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, one block of "
               f"width {args.width}, MLP {args.mlp}")
-        starts(args.width, args.mlp)
+        if args.decompositions:
+            decompositions(args.width, args.mlp)
+        if args.starts:
+            starts(args.width, args.mlp, args.methods)
     elif args.blocks:
         along_blocks()
     elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):

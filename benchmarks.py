@@ -229,6 +229,29 @@ def ifeval_verdicts(output: str, gold: dict) -> dict[str, list[bool]] | None:
             "I-S": found["inst_level_strict_acc"], "I-L": found["inst_level_loose_acc"]}
 
 
+# ----------------------------------------------------------------------- code that a model wrote
+
+
+def python_code(text: str) -> str:
+    """The first fenced block of Python, or the whole text; without a test of the model's own.
+
+    As the official code, quirks included: only "```python" opens a block; what follows the first
+    "assert", "# Example usage" or test for __main__ is cut, wherever it stands; and stripping takes
+    the indent of the first line, so that the mere body of a function is none.
+    """
+    text = text.replace("\r", "")
+    if "```python" in text:
+        text = text[text.index("```python"):].replace("```python", "").partition("\n```")[0]
+    for end in ('if __name__ == "__main__":', "# Example usage", "assert"):
+        text = text.partition(end)[0]
+    return text.strip()
+
+
+def with_tests(code: str, gold: dict) -> str:
+    """The program that comes to its end if the code is right: run it with sandbox.py only."""
+    return f"{gold['before']}{code}\n\n{gold['tests']}\n"
+
+
 # --------------------------------------------------------------------------------------- metrics
 
 
@@ -284,6 +307,10 @@ class Benchmark(NamedTuple):
     bos: str = "harness"  # harness: none, as lm_eval (but on Gemma); always: as in training
     loss_under: str | None = None  # a task: also the references' mean loss under its prompt
     part: Callable[[data.Row], str] | None = None  # also scored apart by this name
+    keep: Callable[[data.Row], bool] | None = None  # which rows are asked
+    # (extracted code, gold) -> a program that passes if the code is right, in place of a judge;
+    # its gold has the task_id and the text before the code that EvalPlus knows it by.
+    program: Callable[[str, dict], str] | None = None
     metric: Callable[[list[dict]], float] = accuracy  # of the records, in %
     columns: tuple[str, ...] = ()  # the names of its scores, if it has several
     prepare: Callable[[], Any] | None = None  # says, before anything is asked, what its judge lacks
@@ -405,6 +432,59 @@ def multiple_choice(name: str, choices: str) -> Benchmark:
 ANSWERS = "answer1|answer2|answer3|answer4|answer5"
 
 
+# Three new lines before "### Instruction:", and a tab for four spaces: the prompts of PiSSA's data,
+# which the official code takes.
+CODE_PROMPT = data.PROMPT.replace("\n\n###", "\n\n\n###", 1)
+
+
+def humaneval_prompt(row: data.Row) -> str:
+    asked = "Create a Python script for this problem:\n" + row.get(["prompt"])
+    return CODE_PROMPT.format(instruction=asked.replace("    ", "\t"))
+
+
+def humaneval_gold(row: data.Row) -> dict:
+    return {"task_id": row.get(["task_id"]), "before": row.get(["prompt"]),
+            "tests": f"{row.get(['test'])}\ncheck({row.get(['entry_point'])})"}
+
+
+def assertions(row: data.Row) -> list[str]:
+    found = row.get(["test_list"], list)
+    if not all(isinstance(text, str) for text in found):
+        raise UserError(f"{row.where}: the tests {str(found)[:60]} are not all texts")
+    return found
+
+
+def mbpp_prompt(row: data.Row) -> str:
+    """The first assertion is shown, for it names the function."""
+    said = row.get(["prompt"])
+    asked = (f"{said}{'' if said.endswith('.') else '.'} Your code should satisfy the following "
+             f"assertion:\n```python\n{assertions(row)[0]}\n```")
+    return CODE_PROMPT.format(instruction=asked.replace("    ", "\t"))
+
+
+def mbpp_gold(row: data.Row) -> dict:
+    imports = row.get(["test_imports"], list, may_be_empty=True)
+    return {"task_id": f"Mbpp/{row.get(['task_id'], int)}", "before": "",
+            "tests": "\n".join([*map(str, imports), *assertions(row)])}
+
+
+# Of the 427 sanitized tasks those without a place in MBPP+ 0.2.0, whose 378 the paper's scores fit:
+# broken or ambiguous by EvalPlus' reading.
+MBPP_DROPPED = {
+    83, 115, 117, 143, 163, 164, 228, 229, 246, 248, 249, 291, 295, 304, 307, 393, 396, 399, 400,
+    401, 407, 408, 411, 417, 431, 434, 438, 442, 443, 444, 452, 461, 464, 574, 582, 584, 595, 617,
+    625, 627, 640, 738, 746, 747, 756, 776, 779, 783, 802,
+}
+
+
+def in_mbpp_plus(row: data.Row) -> bool:
+    return row.get(["task_id"], int) not in MBPP_DROPPED
+
+
+CODE = Benchmark("", "", "code", "complete", humaneval_prompt, humaneval_gold,
+                 extract=python_code, new_tokens=1024, bos="always", program=with_tests)
+
+
 def glue(task: str, about: str, split: str = "validation",
          metric: Callable[[list[dict]], float] = accuracy) -> Benchmark:
     """A validation set of GLUE, for the test sets have no public labels."""
@@ -442,6 +522,12 @@ BENCHMARKS = {
         "every token of some answer is the model's first choice (lm_eval)",
         "webqs", "world knowledge", "greedy_match", webqs_prompt,
         lambda row: without_extensions(answers(row))),
+    "humaneval": CODE._replace(
+        about="greedy; programs that pass the tests, by --allow-code-execution",
+        source="humaneval"),
+    "mbpp": CODE._replace(
+        about="the 378 tasks of MBPP+ with MBPP's own tests, by --allow-code-execution",
+        source="mbpp", prompt=mbpp_prompt, gold=mbpp_gold, keep=in_mbpp_plus),
     "word_problems": Benchmark(
         "greedy; what follows \"The answer is: \", to the letter",
         "microcosm-test", "microcosm", "complete", word_problem_prompt, word_problem_gold,
@@ -468,6 +554,15 @@ BENCHMARKS = {
     "qnli": glue("qnli", "accuracy"),
     "rte": glue("rte", "accuracy"),
 }
+
+
+def kept(name: str, rows: list[data.Row]) -> list[data.Row]:
+    """The rows of its source that a benchmark asks."""
+    keep = BENCHMARKS[name].keep
+    found = [row for row in rows if keep(row)] if keep else rows
+    if not found:
+        raise UserError(f"{name}: none of the {len(rows)} rows belongs to it")
+    return found
 
 
 def of_group(names: Iterable[str], group: str) -> list[str]:

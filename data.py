@@ -79,6 +79,11 @@ SOURCES = {
     "nq-open": Source("google-research-datasets/nq_open",
                       "nq_open/train-00000-of-00001.parquet", "CC BY-SA 3.0"),
     "webqs": Source("stanfordnlp/web_questions", "data/test-00000-of-00001.parquet", "CC BY 4.0"),
+    "humaneval": Source("openai/openai_humaneval", "openai_humaneval/test-00000-of-00001.parquet",
+                        "MIT"),
+    # The 378 tasks that EvalPlus scores, with MBPP's own assertions beside EvalPlus' more.
+    "mbpp": Source("evalplus/mbppplus", "data/test-00000-of-00001-d5781c9c51e02795.parquet",
+                   "Apache-2.0"),
     "microcosm": Source(MICROCOSM, "train.jsonl", "MIT"),
     "microcosm-test": Source(MICROCOSM, "test.jsonl", "MIT"),
     "city": Source(MICROCOSM, "city.jsonl", "MIT"),

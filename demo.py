@@ -11,6 +11,7 @@ from typing import Any
 
 import checkpoint
 import eval as evaluation
+import figures
 import sweep
 from settings import Settings, default_task, preset
 
@@ -64,8 +65,7 @@ def draw_scores(pyplot: Any, results: list[dict], path: Path) -> None:
                      "facts about\nrare people"])
     axes.set_ylabel("right answers, %")
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.15))
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+    figures.save(pyplot, figure, path)
 
 
 def main(flags: list[str] | None = None, out: Path = OUT) -> None:
@@ -83,9 +83,9 @@ def main(flags: list[str] | None = None, out: Path = OUT) -> None:
         r["summary"] = evaluation.summarise(r, stored.base_results, stored.full_results)
     everything = [base, full, *runs.values()]
     print("\n".join(evaluation.table(everything)))
-    pyplot, file = sweep.plotting(), out / "demo.png"
+    pyplot, file = figures.plotting(), out / "demo.png"
     if pyplot is None:
-        print(f"no {file}: pip install matplotlib")
+        print(figures.MISSING)
     else:
         draw_scores(pyplot, everything, file)
         print(f"picture: {file}")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import figures
 import model as M
 from baselines import METHODS
 from benchmarks import (
@@ -34,6 +35,7 @@ from benchmarks import (
     accuracy,
     column_accuracy,
     columns_of,
+    kept,
     of_group,
     of_task,
 )
@@ -139,6 +141,7 @@ class Evaluator:
     max_new_tokens: int | None = None  # None: the benchmark's own
     bos: str = "harness"  # harness: the benchmark's rule; always; never
     scoring: str = "strict"  # or official: the official code's rule, where it has one
+    execute: bool = False  # run programs that the model wrote, where that is the judge
 
     def ask(self, name: str, asked: list[Question]) -> list[dict]:
         """One record per question: prompt, gold, verdict, and what led to it."""
@@ -223,9 +226,43 @@ def complete(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dic
     records = []
     for q, output in zip(asked, outputs, strict=True):
         answer = row.extract(output) if row.extract else output
-        records.append({"prompt": q.prompt, "output": output, "extracted": answer,
-                        "gold": q.gold, "correct": judge(answer, q.gold)})
+        records.append({"prompt": q.prompt, "output": output, "extracted": answer, "gold": q.gold,
+                        "correct": None if row.program else judge(answer, q.gold)})
+    if row.program and evaluator.execute:
+        execute(row.program, records, name)
     return records
+
+
+def execute(program: Callable[[str, dict], str], records: list[dict], desc: str) -> None:
+    """Run what the model wrote, each program in a sandbox, and add the verdicts to the records."""
+    import sandbox
+
+    programs = [program(r["extracted"], r["gold"]) for r in records]
+    try:
+        outcomes = sandbox.run_all(programs, progress=lambda each: tqdm(
+            each, desc=f"{desc}, tests", total=len(programs), leave=False, disable=None))
+    except OSError as error:  # what the model wrote took longer than what is lost here
+        print(f"{desc}: {error}")
+        return
+    for record, outcome in zip(records, outcomes, strict=True):
+        record |= {"correct": outcome.passed, "why": outcome.why}
+
+
+def check_sandbox() -> None:
+    """UserError unless programs can be run here; says what this system cannot keep them from."""
+    try:
+        import sandbox
+        notes = sandbox.run("").notes
+    except (ImportError, OSError) as error:
+        raise UserError(f"--allow-code-execution: {error}") from None
+    for note in notes:
+        print(f"note: {note}")
+
+
+def samples(records: list[dict]) -> str:
+    """The programs in EvalPlus' format: it puts its own text of the task before the completion."""
+    return "".join(json.dumps({"task_id": r["gold"]["task_id"], "completion": r["extracted"]})
+                   + "\n" for r in records)
 
 
 @torch.inference_mode()
@@ -290,7 +327,12 @@ def validator(model: M.Model, tokenizer: checkpoint.Tokenizer, asked: dict[str, 
               ) -> Callable[[], dict[str, float | None]]:
     """A function that scores the model, as it then is, on these questions of benchmarks."""
     evaluator = Evaluator(model, tokenizer)
-    return lambda: {b: score_of(b, evaluator.ask(b, q)) for b, q in asked.items()}
+
+    def scores() -> dict[str, float | None]:
+        with M.evaluating(model):
+            return {b: score_of(b, evaluator.ask(b, q)) for b, q in asked.items()}
+
+    return scores
 
 
 def column_scores(name: str, records: list[dict]) -> dict[str, float | None]:
@@ -605,6 +647,9 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scoring", choices=("strict", "official"), default="strict",
                         help="gsm8k: exact numbers, math: the same normal form; or the "
                         "official code's lenient rules; default %(default)s")
+    parser.add_argument("--allow-code-execution", action="store_true", help="run the programs that "
+                        "the model wrote (humaneval, mbpp), in sandbox.py, which is no security "
+                        "boundary: for a model that you do not trust do it in a container or a VM")
     parser.add_argument("--base-results", metavar="paper|FILE|RUN", help="scores before fine-"
                         "tuning, for K (default: runs/<model>-base, else those of "
                         "settings.PRESETS)")
@@ -620,9 +665,12 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
     parser.add_argument("--table", nargs="+", metavar="RUN", help="print a table of finished "
                         "results and stop")
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw finished runs "
+                        "(K against T, forgetting on the way, ranks, spectra, loss) and stop; "
+                        "pictures of several runs go into --out")
     args = parser.parse_args(argv)
-    if (args.target is None) == (args.table is None):
-        parser.error("give one run or model, or --table RUN ...")
+    if [args.target, args.table, args.plot].count(None) != 2:
+        parser.error("give one run or model, --table RUN ... or --plot RUN ...")
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -652,21 +700,24 @@ def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: 
     """(what results.json says of the benchmark, one record per question); prints it in a line."""
     began, row = time.perf_counter(), BENCHMARKS[name]
     records = evaluator.ask(name, asked)
+    judged = records[0]["correct"] is not None
     found: dict[str, Any] = {"n": len(records)}
     if row.columns:
         found["scores"] = column_scores(name, records)
     else:
-        found["score"] = score_of(name, records)
-    if row.metric is accuracy and not row.columns:
+        found["score"] = score_of(name, records) if judged else None
+    if judged and row.metric is accuracy and not row.columns:
         found["correct"] = sum(r["correct"] for r in records)
     if row.loss_under:
         found["answer_loss"] = evaluator.answer_loss(rows, row.loss_under)
     parts = part_scores(asked, records)
     found |= {"parts": parts} if parts else {}
     found["seconds"] = round(time.perf_counter() - began, 1)
-    what = (f"{found['correct']} of {found['n']} right" if "correct" in found else
-            ", ".join(f"{c} {shown(v)}" for c, v in found["scores"].items())
+    what = (", ".join(f"{c} {shown(v)}" for c, v in found["scores"].items())
             + f" over {found['n']}" if "scores" in found else
+            f"{found['n']} programs, not executed: --allow-code-execution runs them, or give eval/"
+            f"{name}-samples.jsonl to EvalPlus" if not judged else
+            f"{found['correct']} of {found['n']} right" if "correct" in found else
             f"undefined over {found['n']}" if found["score"] is None else
             f"{row.about} {found['score']:.2f} over {found['n']}")
     print(f"{name:8} {what}"
@@ -676,10 +727,47 @@ def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: 
     return found, records
 
 
+def plot(runs: list[Path], out: Path) -> Iterable[Path]:
+    """Draw what finished runs have to show; yields each picture's path. UserError without any."""
+    pyplot = figures.plotting()
+    if pyplot is None:
+        raise UserError(figures.MISSING)
+    for run in runs:
+        if not is_run(run):
+            raise UserError(f"{run}: no run of train.py")
+        yield from figures.draw_run(pyplot, run)
+    rows = [row for run in runs if (row := tradeoff_row(run)) is not None]
+    curves = {run.name: lines for run in runs
+              if (lines := [line for line in figures.read_log(run) if "scores" in line])}
+    if rows or curves:
+        out.mkdir(parents=True, exist_ok=True)
+    if rows:
+        figures.draw_tradeoff(pyplot, rows, out / "tradeoff.png")
+        yield out / "tradeoff.png"
+    if curves:
+        groups = {b: BENCHMARKS[b].group for lines in curves.values() for b in lines[0]["scores"]}
+        figures.draw_curves(pyplot, curves, groups, out / "curves.png")
+        yield out / "curves.png"
+
+
+def tradeoff_row(run: Path) -> dict[str, Any] | None:
+    """Method, lr, K and T of an evaluated run; None where it has no K or no T."""
+    if not (run / "results.json").exists():
+        return None
+    results = read_results(run)
+    K, T = (results["summary"].get(key) for key in ("K", "T"))
+    return None if K is None or T is None else {
+        "method": results["method"], "lr": results["settings"]["lr"], "K": K, "T": T}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = evaluation_arguments(argv)
     if args.table:
         print("\n".join(table([read_results(run) for run in args.table])))
+        return
+    if args.plot:
+        for path in plot(args.plot, args.out or Path("runs") / "plots"):
+            print(path)
         return
     target = find_target(args.target, args.base)
     about = target.about
@@ -706,9 +794,11 @@ def main(argv: list[str] | None = None) -> None:
         elif source:
             read_results(source)
     text = data.read_text(args.text) if args.text else ""
-    rows = {b: data.read_rows(args.data.get(b) or own_source(target.settings, b),
-                              BENCHMARKS[b].source)[: args.limit]
+    rows = {b: kept(b, data.read_rows(args.data.get(b) or own_source(target.settings, b),
+                                      BENCHMARKS[b].source))[: args.limit]
             for b in args.benchmarks or of_task(task_of(about))}
+    if args.allow_code_execution and any(BENCHMARKS[b].program for b in rows):
+        check_sandbox()
     asked = {b: questions(b, r) for b, r in rows.items()}
     use_threads(target.settings.threads if target.settings else
                 preset(name_of(about), task_of(about)).settings.get("threads"))
@@ -716,7 +806,7 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or target.home
     tokenizer = checkpoint.Tokenizer(target.folder, model.config)
     evaluator = Evaluator(model, tokenizer, args.batch_size, args.max_new_tokens, args.bos,
-                          args.scoring)
+                          args.scoring, args.allow_code_execution)
     results = about | {"benchmarks": {}, "dtype": str(M.embedding(model).dtype),
                        "batch_size": args.batch_size} | provenance()
     results["benchmarks"] = kept_benchmarks(out, results, list(rows))
@@ -732,6 +822,9 @@ def main(argv: list[str] | None = None) -> None:
         with checkpoint.atomic(out / "eval" / f"{benchmark}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps({"id": i} | r) + "\n"
                                          for i, r in enumerate(records)))
+        if BENCHMARKS[benchmark].program:
+            with checkpoint.atomic(out / "eval" / f"{benchmark}-samples.jsonl") as temporary:
+                temporary.write_text(samples(records))
         # After each, and without references: neither Ctrl-C nor one that does not fit costs it.
         results["summary"] = summarise(results, None, None)
         checkpoint.save_json(out / "results.json", results)

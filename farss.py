@@ -80,6 +80,7 @@ class FactorSums:
         self.tokens += int(self.mask.sum())
 
     def add_input(self, name: str, h: Tensor) -> None:
+        """Eq. 18: h (b, t, n), what the layer multiplies by W."""
         if name not in self.along and self.seen is not None and self.seen[0] is h:
             self.owner[name] = self.seen[1]
             return
@@ -96,6 +97,7 @@ class FactorSums:
         self.norm[name] = self.norm.get(name, 0) + real.pow(2).sum()
 
     def add_gradient(self, name: str, delta: Tensor) -> None:
+        """Eq. 19: δ = ∂L/∂y (b, t, m), the gradient at the layer's output."""
         real = at_least_fp32(delta[self.mask])  # (tokens, m)
         if name in self.along:
             add_squares(self.dd, name, real @ self.along[name][0])
@@ -195,6 +197,16 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     return model.loss(**batch)[0]
 
 
+def batch_mean_loss(model: Any, batch: Batch) -> Tensor:
+    """The official code's: the mean over a batch's labelled tokens, a scalar.
+
+    Its δ weigh a batch by the inverse square of those tokens, so that Σ_δ depends on how examples
+    fall into batches.
+    """
+    total, labelled = model.loss(**batch)
+    return total / labelled
+
+
 def collect(sums: FactorSums, model: nn.Module, batches: Iterable[Batch],
             loss: Loss = summed_loss) -> None:
     """Run the forward and backward passes that the hooks of `kfac_hooks` listen to."""
@@ -206,7 +218,7 @@ def collect(sums: FactorSums, model: nn.Module, batches: Iterable[Batch],
 
 def kfac_factors(model: nn.Module, batches: Iterable[Batch], names: Iterable[str],
                  loss: Loss = summed_loss) -> Factors:
-    """Eq. 2 and 24: F ≈ Σ_h ⊗ Σ_δ for every named layer.
+    """Eq. 2, 24 and 25: F ≈ Σ_h ⊗ Σ_δ for every named layer.
 
     Σ_h (n, n) = (1/N) Σ_t h_t h_tᵀ and Σ_δ (m, m) = (1/N) Σ_t δ_t δ_tᵀ over the N real tokens of
     all batches, in fp32 (fp64 for an fp64 model). δ_t is the gradient of its own sequence's
@@ -216,7 +228,8 @@ def kfac_factors(model: nn.Module, batches: Iterable[Batch], names: Iterable[str
     the model's own labels (see sampled_loss). Layers that share an input share Σ_h: never write
     into it. Raises ValueError when there is no token.
 
-    Official code differs: δ of the batch-mean loss, padding counted, at most 16 sequences.
+    Official code differs: δ of the mean loss over batches of two (batch_mean_loss), padding
+    counted, at most 16 sequences.
     """
     with kfac_hooks(model, names) as sums:
         collect(sums, model, batches, loss)
@@ -345,9 +358,9 @@ def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contex
 
 
 def quadratic_form(dW: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor) -> Tensor:
-    """Eq. 6 (twice) and 29: Q(ΔW) = vec(ΔW)ᵀ (Σ_h ⊗ Σ_δ) vec(ΔW) = Tr(Σ_δ ΔW Σ_h ΔWᵀ).
+    """Eq. 6 (twice) and 27-29: Q(ΔW) = vec(ΔW)ᵀ (Σ_h ⊗ Σ_δ) vec(ΔW) = Tr(Σ_δ ΔW Σ_h ΔWᵀ).
 
-    dW (m, n); the loss rises by about Q/2 (Eq. 3). The Kronecker product is never formed.
+    dW (m, n); the loss rises by about Q/2 (Eq. 3, 26). The Kronecker product is never formed.
     """
     return ((Sigma_delta @ dW) * (dW @ Sigma_h)).sum()
 
@@ -414,7 +427,7 @@ def allocate_ranks(I: dict[str, float], r_avg: float, r_min: int,  # noqa: E741
 
 
 def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 13: W = U diag(S) Vh with k = min(m, n): U (m, k), S (k,) falling, Vh (k, n).
+    """Eq. 13 and 30: W = U diag(S) Vh with k = min(m, n): U (m, k), S (k,) falling, Vh (k, n).
 
     In fp32 at least: bf16 has no SVD, and its 8 bits would mix the lowest directions. A large
     oblong W is first brought to its square factor: Wᵀ = Q Rᵀ, R = U Σ Zᵀ, Vᵀ = Zᵀ Qᵀ (R-SVD; Chan,
@@ -528,6 +541,8 @@ class Measurement:
     S: Tensor  # (k,)
     Vh: Tensor  # (k, n)
     first_token_share: float  # part of Tr Σ_h at the first token
+    sigma: Tensor  # σ of all min(m, n) directions, falling
+    s: Tensor  # and their scores, fp64
 
 
 @dataclass
@@ -540,6 +555,7 @@ class Adapter:
     importance: float | None  # I, Eq. 8; None in deep layers
     r_raw: float | None  # Eq. 11; None in deep layers
     first_token_share: float
+    spectrum: Tensor  # (3, min(m, n)): σ falling, s, and 1 where the direction was taken; fp32
 
     @property
     def rank(self) -> int:
@@ -608,7 +624,7 @@ def candidates(name: str, U: Tensor, S: Tensor, Vh: Tensor, lam: Tensor, gam: Te
     index = select_directions(direction_order(s), min(budget.most(name), len(S)),
                               budget.lowest(name))
     return Measurement(importance, U[:, index].cpu(), S[index].cpu(), Vh[index].cpu(),
-                       first_token_share)
+                       first_token_share, S.cpu(), s.cpu())
 
 
 def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: float = 1.0
@@ -627,6 +643,9 @@ def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: fl
         r = min(ranks.get(name, budget.R), len(x.S))
         index = select_directions(torch.arange(len(x.S)), r, budget.lowest(name))
         A, B = adapter_from_directions(x.U, x.S, x.Vh, index, scaling)
+        taken = torch.zeros_like(x.sigma)
+        taken[select_directions(direction_order(x.s), r, budget.lowest(name))] = 1
+        spectrum = torch.stack([x.sigma.float(), x.s.float(), taken.float()])
         adapters[name] = Adapter(A, B, name in ranks, x.importance, r_raw.get(name),
-                                 x.first_token_share)
+                                 x.first_token_share, spectrum)
     return adapters

@@ -37,7 +37,8 @@ from model import (
 )
 
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
-MACHINE = ("device", "threads", "micro_batch", "checkpointing", "save_every")
+MACHINE = ("device", "threads", "micro_batch", "checkpointing", "save_every", "score_every",
+           "score_limit")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -89,7 +90,8 @@ class Settings:
                                       "rank were r_avg")
     official: bool = setting(False, "the official code's choices: alpha / r of each layer's own "
                                     "rank and no compensation for it, the lowest directions where "
-                                    "r < 128, padding counted; and, unless given, 16 calibration "
+                                    "r < 128, padding counted, gradients of the mean loss over "
+                                    "calibration batches of two; and, unless given, 16 calibration "
                                     "examples, 10 warm-up steps, batches of 128")
     kasa_beta: float = setting(1e-4, "KaSA: weight of the diagonal's size in the loss",
                                "KaSA's code")
@@ -123,6 +125,10 @@ class Settings:
     checkpointing: bool = setting(None, "recompute activations in the backward pass (default: "
                                         "only if memory needs it)")
     save_every: int = setting(200, "steps between checkpoints")
+    score_every: int = setting(None, "also score the task's benchmarks every so many steps, on "
+                                     "--score-limit questions each: what is forgotten on the way "
+                                     "(eval.py --plot draws it)")
+    score_limit: int = setting(50, "questions of each benchmark for --score-every")
 
     @property
     def how(self) -> Method:
@@ -269,7 +275,7 @@ PRESETS: dict[tuple[str | None, str], Preset] = {
              dropout=0.0,  # of an adapter that holds top directions it drops part of W itself
              # the best by K and task of microcosm/results.csv
              lr={"full": 8e-4, "farss": 2e-3, "farss-init": 4e-3, "farss-top": 1e-3,
-                 "all-high": 2e-3, "lora": 4e-3, "pissa": 2e-3, "milora": 4e-3, "corda-kpm": 2e-3,
+                 "all-high": 2e-3, "lora": 4e-3, "pissa": 1e-3, "milora": 4e-3, "corda-kpm": 2e-3,
                  "corda-ipm": 1e-3, "lora-null": 4e-3, "lora-null-v2": 1.6e-2, "kasa": 8e-3}),
         source="microcosm/README.md",
         base_results=MICROCOSM / "base.json", full_results=MICROCOSM / "full.json",
@@ -277,8 +283,9 @@ PRESETS: dict[tuple[str | None, str], Preset] = {
               "farss": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
               **dict.fromkeys(("farss-top", "all-high", "pissa", "corda-ipm"),
                               (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
-              **dict.fromkeys(("lora", "milora", "corda-kpm", "lora-null", "lora-null-v2", "kasa",
-                               "farss-init"), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))}),
+              **dict.fromkeys(("lora", "milora", "corda-kpm", "lora-null", "kasa", "farss-init"),
+                              (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+              "lora-null-v2": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)}),
 }
 
 
@@ -526,6 +533,8 @@ def check(s: Settings, config: Config) -> None:
     if FAMILIES[config.model_type].encoder and s.max_length > config.longest:
         raise UserError(f"--max-length {s.max_length}: {s.model} has positions for "
                         f"{config.longest} tokens")
+    if s.score_every and data.TASKS[s.task].classes:
+        raise UserError(f"--score-every: {s.task} is scored after every epoch as it is")
     try:
         names = s.layers(empty(config))
         if s.how.adaptive:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import eval as evaluation
+import figures
 import plan
 import train
 from baselines import METHODS
@@ -185,19 +186,11 @@ def row_of(job: Job, base: dict) -> dict[str, Any]:
     }
 
 
-def by_setting(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
-    """{(method, lr): the rows of its seeds}."""
-    groups: dict[tuple[str, float], list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["lr"]), []).append(row)
-    return groups
-
-
 def best_rate(rows: list[dict], method: str) -> float | None:
     """The learning rate with the highest harmonic mean of K and the task's score."""
     means = {lr: evaluation.harmonic_mean(fmean(r["K"] for r in group),
                                           fmean(r["task_score"] for r in group) / 100)
-             for (name, lr), group in by_setting(rows).items() if name == method}
+             for (name, lr), group in figures.by_setting(rows).items() if name == method}
     return max(means, key=lambda lr: means[lr]) if means else None
 
 
@@ -275,7 +268,7 @@ def table(rows: list[dict]) -> list[str]:
     width = {c: max(len(c), 13) + 2 for c in columns}
     lines = [f"{'method':8}{'lr':>8}{'seeds':>7}{'trainable':>11}{'init s':>8}{'train s':>9}"
              f"{'GB':>6}" + "".join(f"{c:>{width[c]}}" for c in columns)]
-    for (method, lr), group in by_setting(rows).items():
+    for (method, lr), group in figures.by_setting(rows).items():
         def mean(column: str, group: list[dict] = group) -> float:
             return fmean(row[column] for row in group)
 
@@ -285,40 +278,6 @@ def table(rows: list[dict]) -> list[str]:
                      f"{mean('init_seconds'):>8.1f}{mean('train_seconds'):>9.0f}"
                      f"{mean('memory_gb'):>6.1f}" + "".join(cells))
     return lines
-
-
-def plotting() -> Any:
-    """matplotlib.pyplot, which needs no screen; None where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def draw_tradeoff(pyplot: Any, rows: list[dict], path: Path) -> None:
-    """K against T, each method a path over its learning rates."""
-    figure, axes = pyplot.subplots(figsize=(8.4, 5.6), layout="constrained")
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        groups = {lr: g for (name, lr), g in by_setting(rows).items() if name == method}
-        points = [[[row[c] for row in groups[lr]] for lr in sorted(groups)] for c in ("T", "K")]
-        T, K = ([fmean(values) for values in axis] for axis in points)
-        spread = [[stdev(v) if len(v) > 1 else 0.0 for v in axis] for axis in points]
-        axes.errorbar(T, K, xerr=spread[0], yerr=spread[1], label=method, marker="osD^v*"[i % 6],
-                      linestyle=("-", "--", ":", "-.")[i % 4], capsize=2, elinewidth=0.6)
-        for lr, x, y in zip(sorted(groups), T, K, strict=True):
-            axes.annotate(f"{lr:g}", (x, y), textcoords="offset points", xytext=(5, -9),
-                          fontsize=6)
-    axes.set(xlabel="T: task score / that of full fine-tuning (Eq. 37)",
-             ylabel="K: knowledge kept (Eq. 36)",
-             title="each point a learning rate, bars ± 1 sd over the seeds")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # it would hide points inside
-    figure.savefig(path, dpi=120, metadata={"Software": None})  # equal runs, equal files
-    pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -365,11 +324,11 @@ def main(argv: list[str] | None = None) -> None:
     text = "\n".join(table(rows)) + "\n"
     (results / "results.txt").write_text(text)
     print(text, end="")
-    pyplot = plotting()
+    pyplot = figures.plotting()
     if pyplot is None:
-        print("no results.png: pip install matplotlib")
+        print(figures.MISSING)
     elif "T" in rows[0]:
-        draw_tradeoff(pyplot, rows, results / "results.png")
+        figures.draw_tradeoff(pyplot, rows, results / "results.png")
     else:
         print(f"no T and no results.png: they need runs of the method {REFERENCE}")
 

@@ -34,10 +34,11 @@ import checkpoint
 import data
 import eval as evaluation
 import farss
+import figures
 import model as M
 import plan
 from baselines import Given, covariance_sweep, split
-from benchmarks import BENCHMARKS, of_group
+from benchmarks import BENCHMARKS, of_group, of_task
 from checkpoint import UserError
 from settings import (
     AUTO,
@@ -64,6 +65,7 @@ from settings import (
 
 Initial = dict[str, tuple[Tensor, Tensor]]  # layer: A0, B0, taken out of W
 Starts = dict[str, M.Start]
+Scores = dict[str, float | None]  # of benchmarks, %
 
 # ------------------------------------------------------------------------------- initialisation
 
@@ -72,7 +74,7 @@ def initialise(model: M.Model, s: Settings, examples: list[data.Example]) -> tup
     """Attach the method's adapters, or free all weights where it trains those.
 
     `examples` are those of the calibration. Returns ({name: (A0, B0)} that were taken out of W,
-    ranks.json).
+    what ranks.json says); of FARSS this has "spectra" besides, {name: (σ, s, taken)}.
     """
     if s.how.trains == "weights":
         model.requires_grad_(True)
@@ -123,11 +125,19 @@ def start_alone(model: M.Model, s: Settings, examples: list[data.Example]) -> tu
 
 
 def calibration_batches(s: Settings, examples: list[data.Example]) -> list[dict[str, Tensor]]:
-    """A draw of the examples; with --official padded to the full length, and padding counted."""
+    """A draw of the examples; with --official by twos, padded to the full length, and padding
+    counted."""
     picked = [examples[i] for i in data.draw(len(examples), s.calibration_examples, s.seed + 1)]
     batches = [data.collate(b, s.device or "cpu") for b in data.batches_by_length(
-        picked, lambda e: len(e.ids), plan.CALIBRATION_BATCH)]
+        picked, lambda e: len(e.ids), 2 if s.official else plan.CALIBRATION_BATCH)]
     return [pad_and_count(b, s.max_length) for b in batches] if s.official else batches
+
+
+def calibration_loss(s: Settings) -> farss.Loss:
+    """Whose gradients the δ are: by --fisher and --official."""
+    if s.fisher == "sampled":
+        return farss.sampled_loss(torch.Generator(s.device or "cpu").manual_seed(s.seed))
+    return farss.batch_mean_loss if s.official else farss.summed_loss
 
 
 def pad_and_count(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
@@ -170,14 +180,12 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
                       ) -> tuple[Starts, dict]:
     """FARSS's adapters, and what ranks.json says of them."""
     batches = calibration_batches(s, examples)
-    draw = torch.Generator(s.device or "cpu").manual_seed(s.seed)
-    loss = farss.sampled_loss(draw) if s.fisher == "sampled" else farss.summed_loss
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
     keep_on = "cpu" if kept > plan.device_memory(s.device) / 2 else None
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
-        measured = farss.measure(model, batches, s.layers(model), s.budget, loss,
+        measured = farss.measure(model, batches, s.layers(model), s.budget, calibration_loss(s),
                                  keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None))
     except ValueError as error:  # a checkpoint or activations that are not finite
         raise UserError(f"{s.model}: {error}") from None
@@ -190,6 +198,7 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
         "layers": {n: {"I": layer.importance, "r_raw": layer.r_raw, "r": layer.rank,
                        "shallow": layer.shallow, "first_token_share": layer.first_token_share}
                    for n, layer in layers.items()},
+        "spectra": {n: layer.spectrum for n, layer in layers.items()},
     }
 
 
@@ -289,10 +298,12 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
 
 
 def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
-          validate: Callable[[], dict[str, float | None]] | None = None) -> bool:
+          validate: Callable[[], Scores] | None = None,
+          score: Callable[[], Scores] | None = None) -> bool:
     """The loop; True when all steps are done, False when it was asked to stop (and saved).
 
-    `validate`, where it is given, scores the model at the end of every epoch, for log.jsonl.
+    `validate`, where it is given, scores the model at the end of every epoch, `score` every
+    s.score_every steps; both for log.jsonl.
 
     Continues from the newest checkpoint in run/checkpoint. Ctrl-C or SIGTERM finish the step
     and save. A loss or gradient that is not finite ends the run and leaves the checkpoint.
@@ -337,6 +348,8 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
                     "memory_gb": round(memory, 3)}
             if validate and (step + 1 in (steps, (epoch + 1) * per_epoch)):
                 line["validation"] = validate()
+            if score and (step + 1 == steps or (step + 1) % s.score_every == 0):
+                line["scores"] = score()
             out.write(json.dumps(line) + "\n")
             out.flush()
             bar.update()
@@ -473,6 +486,8 @@ def main(argv: list[str] | None = None) -> None:
         b: evaluation.questions(b, data.read_rows(evaluation.own_source(s, b),
                                                   BENCHMARKS[b].source))
         for b in (of_group(BENCHMARKS, task.group) if task.classes else [])}
+    scored = {b: evaluation.questions(b, data.read_rows(BENCHMARKS[b].source)[: s.score_limit])
+              for b in (of_task(s.task) if s.score_every else [])}
     if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
               "examples are longer")
@@ -505,6 +520,8 @@ def main(argv: list[str] | None = None) -> None:
         initial, report = initialise(model, s, calibration)
         if report:
             report["seconds"] = round(time.perf_counter() - started, 1)
+            if spectra := report.pop("spectra", None):
+                checkpoint.save_tensors(run / "spectra.safetensors", spectra, {})
             report["peak_memory_gb"] = round(plan.memory_used(s.device) / 1e9, 2)
             checkpoint.save_json(run / "ranks.json", report)
             checkpoint.save_adapter(start_file, model, initial, s.residual)
@@ -516,7 +533,8 @@ def main(argv: list[str] | None = None) -> None:
           + (" (as memory had room; it decides the draws of dropout)" if s.dropout else ""))
 
     validate = evaluation.validator(model, tokenizer, validation) if validation else None
-    if not train(model, s, chosen.examples, run, validate):
+    score = evaluation.validator(model, tokenizer, scored) if scored else None
+    if not train(model, s, chosen.examples, run, validate, score):
         print(f"stopped; go on with: python train.py --resume {run}")
         sys.exit(130)
     if s.how.trains == "weights":
@@ -527,6 +545,10 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(run / "checkpoint")
     for sentence in evaluation.best_and_last(evaluation.epoch_scores(run)):
         print(sentence)
+    if pyplot := figures.plotting():
+        print("pictures: " + ", ".join(path.name for path in figures.draw_run(pyplot, run)))
+    else:
+        print(figures.MISSING)
     print(f"done: {run}; evaluate it with: python eval.py {run}")
 
 

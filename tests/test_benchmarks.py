@@ -9,6 +9,7 @@ import benchmarks as B
 import data
 import eval as E
 from checkpoint import UserError
+from sandbox import run
 
 # Verdicts of the official grader were taken by running it; see the rules in benchmarks.py.
 GSM8K = [
@@ -276,6 +277,10 @@ def test_answers_that_begin_with_another_answer_go():
 
 # ------------------------------------------------------------------------------------- the table
 
+# Byte for byte what pissa-dataset's python/test.json has before its instructions.
+CODE = ("Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n\n### Instruction:\n")
+
 ROWS = {  # a row of each benchmark's own dataset
     "gsm8k": {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
     "math": {"problem": "2+2?", "solution": "It is $\\boxed{\\frac82}$."},
@@ -284,6 +289,12 @@ ROWS = {  # a row of each benchmark's own dataset
     "triviaqa": {"question": "Who wrote Faust?", "answer": {"aliases": ["Goethe", "J. W. Goethe"]}},
     "nq_open": {"question": "who wrote faust", "answer": ["Goethe"]},
     "webqs": {"qText": "what do jamaicans speak?", "answers": ["Patois", "Jamaican English"]},
+    "humaneval": {"task_id": "HumanEval/9", "prompt": 'def two():\n    """2"""\n',
+                  "test": "def check(candidate):\n    assert candidate() == 2",
+                  "entry_point": "two", "canonical_solution": "    return 2\n"},
+    "mbpp": {"task_id": 2, "prompt": "Write two.", "code": "def two(): return 2",
+             "test_imports": ["import math"], "test_list": ["assert two() == 2",
+                                                            "assert math.sqrt(two()) > 1"]},
     "word_problems": {"question": " 2 bags?", "answer": " 2 times 3 is 6. The answer is: 6"},
 } | {name: {"question": "where does rozi buspu live?", "answer": ["vedomi"], "frequent": True}
      for name in ("city", "job", "year")} | {
@@ -309,6 +320,10 @@ PROMPTS = {
     "triviaqa": "Question: Who wrote Faust??\nAnswer:",
     "nq_open": "Answer these questions:\n\nQ: who wrote faust?\nA:",
     "webqs": "Question: what do jamaicans speak?\nAnswer:",
+    "humaneval": CODE + "Create a Python script for this problem:\ndef two():\n\t\"\"\"2\"\"\"\n"
+                 "\n\n### Response:",
+    "mbpp": CODE + "Write two. Your code should satisfy the following assertion:\n```python\n"
+            "assert two() == 2\n```\n\n### Response:",
     "word_problems": "Q: 2 bags?\nA:",
 } | dict.fromkeys(("city", "job", "year"), "Q: where does rozi buspu live?\nA:") | dict.fromkeys(
     B.of_group(B.BENCHMARKS, "commonsense"), data.COMMONSENSE_TEST_PROMPT.format(
@@ -330,6 +345,11 @@ def test_every_row_of_the_table_is_complete(name):
     assert b.protocol != "classify" or gold == ROWS[name]["label"]
     if b.protocol == "complete":
         assert b.new_tokens > 0
+    if b.program:
+        right = B.python_code(ROWS[name].get("code", "def two():\n    return 2"))
+        assert run(b.program(right, gold)).passed
+        assert not run(b.program("nonsense", gold)).passed and not run(b.program("", gold)).passed
+    elif b.protocol == "complete":
         said = gold[0] if isinstance(gold, list) else gold
         for judge in filter(None, () if b.columns else (b.judge, b.official)):
             assert judge(said, gold) and not judge("nonsense", gold)
@@ -348,7 +368,7 @@ def test_a_task_is_measured_by_its_own_benchmarks_and_by_what_the_model_knew():
     knowledge = ["triviaqa", "nq_open", "webqs"]
     assert B.of_task("math") == ["gsm8k", "math", *knowledge]
     assert B.of_task("instruction") == ["ifeval", *knowledge]
-    assert B.of_task("code")[-3:] == knowledge
+    assert B.of_task("code") == ["humaneval", "mbpp", *knowledge]
     assert B.of_task("commonsense") == ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e",
                                         "arc_c", "obqa"]
     assert B.of_task("microcosm") == ["word_problems", "city", "job", "year"]

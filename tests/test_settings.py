@@ -96,7 +96,9 @@ def test_a_row_of_the_model_goes_before_one_of_the_task_and_a_task_must_exist(mo
     monkeypatch.setitem(S.PRESETS, ("roberta-large", "glue:rte"), S.Preset(dict(lr=1e-3)))
     assert S.preset("roberta-large", "glue:rte").settings == dict(lr=1e-3)
     assert S.preset("roberta-base", "glue:rte") is S.GLUE and not S.preset("x", "math").settings
-    assert S.default_task("gemma2-9b") == "code"  # it has no row for math
+    assert S.default_task("gemma2-9b") == "code"  # the paper has no math of it
+    monkeypatch.setitem(S.PRESETS, ("new", "a task that is yet to come"), S.Preset({}))
+    assert S.default_task("new") == "math"
     args = S.training_arguments("", ["--model", "llama2-7b", "--device", "cpu"])
     assert any(line.startswith("  chosen here: ") and line.endswith("dtype float32")
                for line in origins(args))  # not A.2.1's bfloat16

@@ -196,7 +196,12 @@ def started(**more):
 
 def by_score(model, s):
     """{layer: (U, σ, Vᵀ) with the highest-scoring direction first}, from the plain factors."""
-    factors = farss.kfac_factors(model, train.calibration_batches(s, examples()), s.layers(model))
+    def loss(model, batch):
+        total, labelled = model.loss(**batch)
+        return total / labelled if s.official else total
+
+    factors = farss.kfac_factors(model, train.calibration_batches(s, examples()), s.layers(model),
+                                 loss)
     found = {}
     for name, (h, delta) in factors.items():
         U, S_, Vh = torch.linalg.svd(model.get_parameter(f"{name}.weight").detach(), False)
@@ -313,10 +318,25 @@ def test_official_padding_of_a_classifier(method):
     s = settings(official=True, method=method, task="glue:mnli", max_length=24,
                  targets="query,output.dense")
     texts = [data.Example([0, 5, 6, 7, 2][: 5 - i] + [2] * i, 5, i) for i in range(3)]
-    for b in train.calibration_batches(s, texts):
-        assert sorted(b["labels"].tolist()) == [0, 1, 2]
-        assert b["input_ids"].shape == (3, 24) and b["attention_mask"].all()
+    batches = train.calibration_batches(s, texts)
+    assert [len(b["labels"]) for b in batches] == [2, 1]
+    assert sorted(label for b in batches for label in b["labels"].tolist()) == [0, 1, 2]
+    for b in batches:
+        assert b["input_ids"].shape == (len(b["labels"]), 24) and b["attention_mask"].all()
     train.initialise(tiny_roberta(), s, texts)
+
+
+def test_official_gradients_are_those_of_the_mean_over_batches_of_two():
+    """So a pair of short answers weighs more: Σ_δ is the sum over pairs of that of the summed
+    loss, divided by the square of the pair's response tokens."""
+    model, s = tiny_llama(1, torch.float64), settings(official=True, max_length=50)
+    names = s.layers(model)[:1]
+    batches = train.calibration_batches(s, examples())
+    assert [len(b["input_ids"]) for b in batches] == [2, 2, 2]
+    _, found = farss.kfac_factors(model, batches, names, train.calibration_loss(s))[names[0]]
+    expected = sum(farss.kfac_factors(model, [b], names)[names[0]][1]
+                   / (b["labels"] != M.IGNORE).sum() ** 2 for b in batches) / len(batches)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_official_residual_keeps_minus_1_56_sigma_of_the_chosen_directions():
