@@ -92,6 +92,8 @@ def test_commonsense_scores_a_scripted_answer(evaluator, monkeypatch):
     records = ask(evaluator, "siqa", ROWS["siqa"], ROWS["siqa"] | {"answer": "answer1"})
     assert [r["correct"] for r in records] == [True, False]
     assert {r["extracted"] for r in records} == {"answer3"}
+    assert evaluator.with_bos(E.BENCHMARKS["siqa"]) and not evaluator.with_bos(
+        E.BENCHMARKS["ifeval"])
 
 
 def test_math_is_scored_by_either_rule(evaluator, monkeypatch):
