@@ -6,7 +6,7 @@ BIN := .venv/bin
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
 
-demo: .venv/ready  ## FARSS and LoRA on the microcosm, side by side, in one table (three minutes)
+demo: .venv/ready  ## FARSS and LoRA on the microcosm, side by side, in one table (one to three minutes)
 	$(BIN)/python train.py
 
 lint: .venv/ready-dev  ## ruff and mypy

@@ -196,29 +196,6 @@ def without_extensions(answers: Iterable[str]) -> list[str]:
     return kept
 
 
-# ----------------------------------------------------------------------- code that a model wrote
-
-
-def python_code(text: str) -> str:
-    """The first fenced block of Python, or the whole text; without a test of the model's own.
-
-    As the official code, quirks included: only "```python" opens a block; what follows the first
-    "assert", "# Example usage" or test for __main__ is cut, wherever it stands; and stripping takes
-    the indent of the first line, so that the mere body of a function is none.
-    """
-    text = text.replace("\r", "")
-    if "```python" in text:
-        text = text[text.index("```python"):].replace("```python", "").partition("\n```")[0]
-    for end in ('if __name__ == "__main__":', "# Example usage", "assert"):
-        text = text.partition(end)[0]
-    return text.strip()
-
-
-def with_tests(code: str, gold: dict) -> str:
-    """The program that comes to its end if the code is right: run it with sandbox.py only."""
-    return f"{gold['before']}{code}\n\n{gold['tests']}\n"
-
-
 LM_EVAL = ('no scores of ifeval: run `pip install "lm_eval[ifeval]==0.4.9.1"` and '
            "`python -m nltk.downloader punkt_tab` (a download of 4 MB), and evaluate again; the "
            "outputs are written all the same")
@@ -250,6 +227,29 @@ def ifeval_verdicts(output: str, gold: dict) -> dict[str, list[bool]] | None:
     found = check(gold, [output])
     return {"P-S": [found["prompt_level_strict_acc"]], "P-L": [found["prompt_level_loose_acc"]],
             "I-S": found["inst_level_strict_acc"], "I-L": found["inst_level_loose_acc"]}
+
+
+# ----------------------------------------------------------------------- code that a model wrote
+
+
+def python_code(text: str) -> str:
+    """The first fenced block of Python, or the whole text; without a test of the model's own.
+
+    As the official code, quirks included: only "```python" opens a block; what follows the first
+    "assert", "# Example usage" or test for __main__ is cut, wherever it stands; and stripping takes
+    the indent of the first line, so that the mere body of a function is none.
+    """
+    text = text.replace("\r", "")
+    if "```python" in text:
+        text = text[text.index("```python"):].replace("```python", "").partition("\n```")[0]
+    for end in ('if __name__ == "__main__":', "# Example usage", "assert"):
+        text = text.partition(end)[0]
+    return text.strip()
+
+
+def with_tests(code: str, gold: dict) -> str:
+    """The program that comes to its end if the code is right: run it with sandbox.py only."""
+    return f"{gold['before']}{code}\n\n{gold['tests']}\n"
 
 
 # --------------------------------------------------------------------------------------- metrics
@@ -421,6 +421,17 @@ FACT = Benchmark("greedy; the whole answer, to the letter; frequent and rare peo
                  extract=str.strip, new_tokens=6, bos="always", part=fact_part)
 
 
+def multiple_choice(name: str, choices: str) -> Benchmark:
+    """A test set of LLM-Adapters. Their code takes a 4-beam search; this is greedy."""
+    return Benchmark(f"greedy; the first of {choices.replace('|', ', ')}", f"commonsense:{name}",
+                     "commonsense", "complete", choice_prompt,
+                     partial(choice_gold, choices=choices), extract=first_of(choices),
+                     new_tokens=32, bos="always")
+
+
+ANSWERS = "answer1|answer2|answer3|answer4|answer5"
+
+
 # Three new lines before "### Instruction:", and a tab for four spaces: the prompts of PiSSA's data,
 # which the official code takes.
 CODE_PROMPT = data.PROMPT.replace("\n\n###", "\n\n\n###", 1)
@@ -472,17 +483,6 @@ def in_mbpp_plus(row: data.Row) -> bool:
 
 CODE = Benchmark("", "", "code", "complete", humaneval_prompt, humaneval_gold,
                  extract=python_code, new_tokens=1024, bos="always", program=with_tests)
-
-
-def multiple_choice(name: str, choices: str) -> Benchmark:
-    """A test set of LLM-Adapters. Their code takes a 4-beam search; this is greedy."""
-    return Benchmark(f"greedy; the first of {choices.replace('|', ', ')}", f"commonsense:{name}",
-                     "commonsense", "complete", choice_prompt,
-                     partial(choice_gold, choices=choices), extract=first_of(choices),
-                     new_tokens=32, bos="always")
-
-
-ANSWERS = "answer1|answer2|answer3|answer4|answer5"
 
 
 def glue(task: str, about: str, split: str = "validation",

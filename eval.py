@@ -746,11 +746,11 @@ def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: 
     parts = part_scores(asked, records)
     found |= {"parts": parts} if parts else {}
     found["seconds"] = round(time.perf_counter() - began, 1)
-    what = (f"{found['n']} programs, not executed: --allow-code-execution runs them, or give eval/"
-            f"{name}-samples.jsonl to EvalPlus" if row.program and not judged else
-            f"{found['correct']} of {found['n']} right" if "correct" in found else
-            ", ".join(f"{c} {shown(v)}" for c, v in found["scores"].items())
+    what = (", ".join(f"{c} {shown(v)}" for c, v in found["scores"].items())
             + f" over {found['n']}" if "scores" in found else
+            f"{found['n']} programs, not executed: --allow-code-execution runs them, or give eval/"
+            f"{name}-samples.jsonl to EvalPlus" if not judged else
+            f"{found['correct']} of {found['n']} right" if "correct" in found else
             f"undefined over {found['n']}" if found["score"] is None else
             f"{row.about} {found['score']:.2f} over {found['n']}")
     print(f"{name:8} {what}"

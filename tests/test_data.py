@@ -169,6 +169,8 @@ def test_only_the_math_task_rewrites_a_response():
     row = data.Row({"query": "Q", "answer": "a <<b>>\n\n#### See also"}, "x")
     for task in ("code", "instruction", "commonsense"):
         assert data.question_and_response(row, data.TASKS[task])[1] == "a <<b>>\n\n#### See also"
+    gsm = data.Row({"question": "Q", "answer": "<<1+1=2>>2\n#### 2"}, "x")
+    assert data.question_and_response(gsm, data.TASKS["math"])[1] == "2\n#### 2\nThe answer is: 2"
 
 
 def test_commonsense_prompts_byte_for_byte(tokenizer):

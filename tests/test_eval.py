@@ -77,7 +77,8 @@ def test_completions_are_in_order_and_do_not_depend_on_the_batch(evaluator):
                                   and not b.columns])
 def test_a_benchmark_batched_is_the_same_as_one_by_one(evaluator, name):
     row = ROWS[name]
-    longer = {k: f"{v} {'and more ' * 3}" if k in data.QUESTION else v for k, v in row.items()}
+    longer = {k: f"{v} {'and more ' * 3}" if k in (*data.QUESTION, "prompt") else v
+              for k, v in row.items()}
     evaluator.max_new_tokens = 6
     batched = ask(evaluator, name, row, longer, row)
     evaluator.batch_size = 1
@@ -91,6 +92,8 @@ def test_commonsense_scores_a_scripted_answer(evaluator, monkeypatch):
     records = ask(evaluator, "siqa", ROWS["siqa"], ROWS["siqa"] | {"answer": "answer1"})
     assert [r["correct"] for r in records] == [True, False]
     assert {r["extracted"] for r in records} == {"answer3"}
+    assert evaluator.with_bos(E.BENCHMARKS["siqa"]) and not evaluator.with_bos(
+        E.BENCHMARKS["ifeval"])
 
 
 def test_math_is_scored_by_either_rule(evaluator, monkeypatch):
@@ -446,6 +449,15 @@ def test_a_second_evaluation_keeps_the_other_benchmarks(world, monkeypatch, caps
     write_checkpoint("tiny", seed=5)
     E.main(["tiny", *NQ])
     assert counts() == {"nq_open": 2} and "is replaced" in capsys.readouterr().out
+
+
+def test_a_runs_own_folder_is_asked_for_what_it_holds(tmp_path):
+    """GSM8K's test file is by convention the split's; MATH's has a name of its own, and is taken
+    from the hub where it is not there."""
+    s = S.Settings(model="x", task="math", data=str(tmp_path))
+    assert E.own_source(s, "gsm8k") == str(tmp_path) and E.own_source(s, "math") == "math-test"
+    (tmp_path / "MATH_test.jsonl").touch()
+    assert E.own_source(s, "math") == str(tmp_path) and E.own_source(s, "nq_open") == "nq_open"
 
 
 # ------------------------------------------------------------------- benchmarks of several scores

@@ -114,9 +114,11 @@ def test_links_lead_to_the_line():
     assert parts()[1] == link_lines(), "python tests/test_map.py --fix"
 
 
-@pytest.mark.parametrize("path", sorted(
-    {*re.findall(r"\]\((?!https?:)([^)#:]+)", parts()[0]), *(NOTEBOOKS[x] for x in labels(parts()[0])
-                                                   if x in NOTEBOOKS)}))
+LINKED = {*re.findall(r"\]\((?!https?:)([^)#:]+)", parts()[0]),
+          *(NOTEBOOKS[x] for x in labels(parts()[0]) if x in NOTEBOOKS)}
+
+
+@pytest.mark.parametrize("path", sorted(LINKED))
 def test_linked_files_exist(path):
     assert (REPO / path).exists()
 
