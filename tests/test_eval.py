@@ -392,7 +392,7 @@ def test_a_stop_string_of_many_tokens_is_found_late_in_a_text(evaluator, monkeyp
     """The check looks at a tail; here at byte tokens, one a letter."""
     text, seen = "x" * 60 + " Instruction: y", []
 
-    def generate(model, ids, limit, eos, stop):
+    def generate(model, ids, limit, eos, stop, *_):
         new = []
         for token in evaluator.tokenizer.encode(text, False):
             new.append(token)

@@ -204,7 +204,8 @@ def test_attention_by_hand(cap, masked):
 def test_causal_mask_by_hand():
     """A padded query sees itself, since some attention kernels make NaN of an empty row; that
     is wanted on every device, and seen only on some."""
-    left, right = (M.causal_mask(torch.tensor([m]), 3)[0, 0].int().tolist()
+    query = torch.tensor([[1, 2, 3]])
+    left, right = (M.causal_mask(query, 4, torch.tensor([m]))[0, 0].int().tolist()
                    for m in ([0, 0, 1, 1], [1, 1, 0, 0]))
     assert left == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert right == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
@@ -212,7 +213,8 @@ def test_causal_mask_by_hand():
 
 def test_window_mask_by_hand():
     """A window of 2 is the key before and the query's own; the last three of four queries."""
-    whole, left, right = (M.causal_mask(torch.tensor([m]), 3, 2)[0, 0].int().tolist()
+    query = torch.tensor([[1, 2, 3]])
+    whole, left, right = (M.causal_mask(query, 4, torch.tensor([m]), 2)[0, 0].int().tolist()
                           for m in ([1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0]))
     assert whole == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     assert left == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
