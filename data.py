@@ -77,6 +77,8 @@ SOURCES = {
     "nq-open": Source("google-research-datasets/nq_open",
                       "nq_open/train-00000-of-00001.parquet", "CC BY-SA 3.0"),
     "webqs": Source("stanfordnlp/web_questions", "data/test-00000-of-00001.parquet", "CC BY 4.0"),
+    "codefeedback": Source("m-a-p/CodeFeedback-Filtered-Instruction",
+                           "CodeFeedback-Filtered-Instruction.jsonl", "Apache-2.0"),
     "humaneval": Source("openai/openai_humaneval", "openai_humaneval/test-00000-of-00001.parquet",
                         "MIT"),
     # The 378 tasks that EvalPlus scores, with MBPP's own assertions beside EvalPlus' more.
