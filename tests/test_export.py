@@ -43,6 +43,10 @@ SMALL = dict(task="math", data="d.jsonl", device="cpu", rank=4, alpha=8.0, shall
              checkpointing=False)
 
 
+# Of two ways to run in bf16, which round at other places; what must agree does so in fp32.
+BF16_PART = 0.15
+
+
 def close(mine, theirs, part=5e-6):
     """Within `part` of the largest number."""
     mine, theirs = mine.float(), theirs.float()
@@ -169,7 +173,7 @@ def test_peft_on_the_untouched_base(made):
     if made.dtype == FP32:
         close(logits(made.model), logits(in_fp32))
     else:
-        close(logits(made.model), logits(with_peft(made.base, adapter, BF16)), 0.05)
+        close(logits(made.model), logits(with_peft(made.base, adapter, BF16)), BF16_PART)
     merged = dict(in_fp32.merge_and_unload().named_parameters())
     for name, layer in M.adapted_layers(made.model).items():
         away = (merged[f"{name}.weight"] - layer.merged_weight()).abs()
@@ -177,14 +181,14 @@ def test_peft_on_the_untouched_base(made):
         rounding = 2.0**-8 if made.dtype == BF16 and made.residual == "split" else 0.0
         assert (away <= rounding * size + 1e-5 * size.max()).all(), name
     close(logits(kept_whole(made)), logits(peft.PeftModel.from_pretrained(
-        oracle(made.base, dtype=made.dtype), adapter).float().merge_and_unload().eval()))
+        oracle(made.base, dtype=made.dtype), adapter).float().merge_and_unload().eval()), 1e-5)
 
 
 def test_merged(made):
     """transformers computes what the run does; the weights are merge()'s, bit for bit."""
     folder, in_fp32 = exported(made.run, "merged"), exported(made.run, "merged", "--dtype=float32")
-    close(logits(made.model), logits(oracle(folder)), 5e-6 if made.dtype == FP32 else 0.15)
-    close(logits(ours(made.run).float()), logits(oracle(in_fp32)))
+    close(logits(made.model), logits(oracle(folder)), 5e-6 if made.dtype == FP32 else BF16_PART)
+    close(logits(ours(made.run).float()), logits(oracle(in_fp32)), 1e-5)
     assert oracle(folder).dtype == made.dtype and oracle(in_fp32).dtype == FP32
     model = ours(made.run)
     M.merge(model)
@@ -202,7 +206,7 @@ def test_residual(made):
     assert not (folder / export.CONFIG).exists()
     both = logits(with_peft(folder, folder / "adapter", made.dtype))
     rounded = made.dtype == BF16
-    close(logits(made.model), both, 0.15 if rounded else 5e-6)
+    close(logits(made.model), both, BF16_PART if rounded else 5e-6)
     if made.residual == "split":
         bare = dict(oracle(folder).named_parameters())
         for name, layer in M.adapted_layers(made.model).items():
