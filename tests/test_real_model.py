@@ -133,7 +133,8 @@ def test_farss_end_to_end(tmp_path, monkeypatch, tokenizer):
     expected = farss.allocate_ranks(shallow, 12, 1, 16)
     assert all(x["r"] == expected.get(n, 32) for n, x in report["layers"].items())
     assert min(expected.values()) < max(expected.values())
-    ask = ["--data", f"gsm8k={files[1]}", *names, "--limit", "4", "--max-new-tokens", "16"]
+    ask = ["--data", f"gsm8k={files[1]}", *names, "--limit", "4", "--max-new-tokens", "16",
+           "--benchmarks", "gsm8k,nq_open,webqs"]
     evaluation.main([FOLDER, *ask, "--out", "base"])
     evaluation.main(["run", *ask, "--base-results", "base"])
     base, run = (C.read_json(f"{d}/results.json")["benchmarks"] for d in ("base", "run"))
