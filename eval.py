@@ -350,8 +350,7 @@ def score_of(name: str, records: list[dict]) -> float | None:
 
 def epoch_scores(run: Path) -> list[dict[str, float | None]]:
     """What train.py found at the end of each epoch, where the task has a validation set."""
-    lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
-    return [line["validation"] for line in map(json.loads, lines) if "validation" in line]
+    return [line["validation"] for line in figures.read_log(run) if "validation" in line]
 
 
 def best_and_last(epochs: list[dict[str, float | None]]) -> Iterable[str]:
@@ -728,6 +727,12 @@ def own_source(s: Settings | None, benchmark: str) -> str:
     return s.data if s is not None and own else row.source
 
 
+def rows_of(benchmark: str, s: Settings | None, named: str | None = None) -> list[data.Row]:
+    """The rows that a benchmark asks, from a file or folder that is named, else its own source."""
+    return kept(benchmark, data.read_rows(named or own_source(s, benchmark),
+                                          BENCHMARKS[benchmark].source))
+
+
 def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: list[Question]
                   ) -> tuple[dict[str, Any], list[dict]]:
     """(what results.json says of the benchmark, one record per question); prints it in a line."""
@@ -827,8 +832,7 @@ def main(argv: list[str] | None = None) -> None:
         elif source:
             read_results(source)
     text = data.read_text(args.text) if args.text else ""
-    rows = {b: kept(b, data.read_rows(args.data.get(b) or own_source(target.settings, b),
-                                      BENCHMARKS[b].source))[: args.limit]
+    rows = {b: rows_of(b, target.settings, args.data.get(b))[: args.limit]
             for b in args.benchmarks or of_task(task_of(about))}
     if args.allow_code_execution and any(BENCHMARKS[b].program for b in rows):
         check_sandbox()

@@ -9,7 +9,6 @@ Everything is told apart by shape, line style or brightness too, for who prints 
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,6 +16,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from safetensors.torch import load_file
+
+from farss import block_index
 
 METHOD = Path(__file__).resolve().parent / "method.svg"
 MISSING = "no pictures: pip install matplotlib"
@@ -149,9 +150,10 @@ def grid_of(layers: dict[str, float]) -> tuple[list[str], list[int], list[list[f
     """
     places: dict[tuple[str, int], float] = {}
     for name, value in layers.items():
-        block, _, rest = name.partition("layer")[2].lstrip("s.").partition(".")
+        block = block_index(name)
+        rest = name.partition(f".{block}.")[2]
         module = rest if rest.endswith("dense") else rest.rpartition(".")[2]
-        places[module, int(block)] = value
+        places[module, block] = value
     modules = list(dict.fromkeys(module for module, _ in places))
     blocks = sorted({block for _, block in places})
     return modules, blocks, [[places.get((m, b), float("nan")) for b in blocks] for m in modules]
@@ -187,8 +189,7 @@ def draw_spectra(pyplot: Any, spectra: dict[str, Any], path: Path, module: str |
     the blocks have, unless one is named.
     """
     module = module or grid_of(dict.fromkeys(spectra, 0.0))[0][0]
-    names = sorted((n for n in spectra if n.endswith(module)),
-                   key=lambda n: int(re.findall(r"\d+", n)[0]))  # a file has them by letters
+    names = sorted((n for n in spectra if n.endswith(module)), key=block_index)  # not by letters
     names = [names[round(i * (len(names) - 1) / 3)] for i in range(4)] if len(names) > 4 else names
     from matplotlib.ticker import LogLocator
 

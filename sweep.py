@@ -15,7 +15,6 @@ which the harmonic mean of K and the task's score is highest.
 
 import argparse
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -167,7 +166,7 @@ def row_of(job: Job, base: dict) -> dict[str, Any]:
     s, results = job.settings, evaluation.read_results(job.run)
     ranks = job.run / "ranks.json"
     report = checkpoint.read_json(ranks) if ranks.exists() else {}
-    log = [json.loads(line) for line in (job.run / "log.jsonl").read_text().splitlines()]
+    log = figures.read_log(job.run)
     scores = evaluation.scores_in(results)
     known = evaluation.scores_in(results, data.TASKS[s.task].knowledge)
     before = {c: evaluation.scores_in(base)[c] for c in known}

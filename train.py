@@ -484,10 +484,9 @@ def main(argv: list[str] | None = None) -> None:
           + (f"; {chosen.cut} cut after {s.max_length} tokens, so without their end"
              if chosen.cut else ""))
     validation = {  # a wrong label of it, too, is found before anything is written
-        b: evaluation.questions(b, data.read_rows(evaluation.own_source(s, b),
-                                                  BENCHMARKS[b].source))
+        b: evaluation.questions(b, evaluation.rows_of(b, s))
         for b in (of_group(BENCHMARKS, task.group) if task.classes else [])}
-    scored = {b: evaluation.questions(b, data.read_rows(BENCHMARKS[b].source)[: s.score_limit])
+    scored = {b: evaluation.questions(b, evaluation.rows_of(b, s)[: s.score_limit])
               for b in (of_task(s.task) if s.score_every else [])}
     if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
