@@ -3,8 +3,8 @@
     python microcosm/ablations.py --jobs 2      writes ablations.csv and curves.json here
 
 Each variant runs at its method's own learning rate (settings.PRESETS) over three seeds; T divides
-by full.json. What is finished (in runs/ablations) is not run again. A new ablation is a row of
-VARIANTS.
+by full.json. What stands in the two files with the same flags, and what is finished in
+runs/ablations, is not run again. A new ablation is a row of VARIANTS.
 """
 
 import csv
@@ -19,10 +19,11 @@ import checkpoint  # noqa: E402
 import eval as evaluation  # noqa: E402
 import figures  # noqa: E402
 import sweep  # noqa: E402
-from settings import Parser, run_main  # noqa: E402
+from settings import PRESETS, Parser, run_main  # noqa: E402
 
 OUT = Path("runs") / "ablations"
 SEEDS = (0, 1, 2)
+PRESET = PRESETS["microcosm", "microcosm"]
 COLUMNS = ("K", "T", "KT", "word_problems", "city", "job", "year", "frequent", "rare", "trainable",
            "shallow_rank_obtained", "commit")
 
@@ -51,6 +52,10 @@ VARIANTS = [
       for part in ("shallow-third", "deep-third")),
     *(Variant("dropout 0.05", method, f"--method {method} --dropout 0.05")
       for method in ("farss", "pissa", "lora")),
+    *(Variant("dropout 0.05", f"{method}, lr {lr:g}",
+              f"--method {method} --dropout 0.05 --lr {lr:g}")
+      for method in ("farss", "pissa", "lora") for lr in (PRESET.grid or {})[method]
+      if lr != PRESET.settings["lr"][method]),
     Variant("dropout 0.05", "farss, on the difference", "--dropout 0.05 --residual exact"),
     *(Variant("calibrated on knowledge", method,
               f"--method {method} --calibration {HERE / 'city.jsonl'}")
@@ -68,45 +73,73 @@ def folder(variant: Variant) -> Path:
     return OUT / "-".join("".join(c if c.isalnum() else " " for c in letters).split())
 
 
-def write_csv(done: list[tuple[Variant, sweep.Job]]) -> None:
-    """ablations.csv: one line a run."""
+def flags_of(variant: Variant) -> str:
+    """Its flags as ablations.csv has them."""
+    return variant.flags.replace(f"{HERE}/", "microcosm/")
+
+
+def read_csv() -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows of ablations.csv by variant, flags and seed."""
+    path = HERE / "ablations.csv"
+    rows = csv.DictReader(path.read_text().splitlines() if path.exists() else [])
+    return {(r["shows"], r["variant"], r["flags"], r["seed"]): r for r in rows}
+
+
+def key(variant: Variant, seed: int) -> tuple[str, ...]:
+    return variant.shows, variant.name, flags_of(variant), str(seed)
+
+
+def write_csv(stored: dict[tuple[str, ...], dict], jobs: dict[tuple[str, ...], sweep.Job]) -> None:
+    """ablations.csv: one line a run, of those that were stored and those that are done."""
     base, full = (checkpoint.read_json(HERE / f"{name}.json") for name in ("base", "full"))
     whole = {"word_problems": full["benchmarks"]["word_problems"]["score"]}
-    with checkpoint.atomic(HERE / "ablations.csv") as temporary, \
-            open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("shows", "variant", "flags", "method", "lr", "seed", *COLUMNS))
-        for variant, job in done:
+    rows = dict(stored)
+    for name, job in jobs.items():
+        if job.done():
             row = sweep.row_of(job, base)
             row["T"] = evaluation.task_score({b: row[b] for b in whole}, whole)
             row["KT"] = evaluation.harmonic_mean(row["K"], row["T"])
-            flags = variant.flags.replace(f"{HERE}/", "microcosm/")
-            writer.writerow((variant.shows, variant.name, flags, row["method"], row["lr"],
-                             row["seed"], *(round(row[c], 4) if isinstance(row[c], float)
-                                            else row[c] for c in COLUMNS)))
+            rows[name] = dict(zip(("shows", "variant", "flags", "seed"), name, strict=True)) | {
+                c: round(row[c], 4) if isinstance(row[c], float) and c != "lr" else row[c]
+                for c in ("method", "lr", *COLUMNS)}
+    with checkpoint.atomic(HERE / "ablations.csv") as temporary, \
+            open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, ("shows", "variant", "flags", "method", "lr", "seed",
+                                       *COLUMNS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[name] for seed in SEEDS for v in VARIANTS
+                         if (name := key(v, seed)) in rows)
 
 
-def write_curves(jobs: list[sweep.Job]) -> None:
+def read_curves() -> dict[str, list[dict]]:
     """curves.json: the scores on the way, by method."""
-    checkpoint.save_json(HERE / "curves.json", {
+    path = HERE / "curves.json"
+    return checkpoint.read_json(path) if path.exists() else {}
+
+
+def write_curves(stored: dict[str, list[dict]], jobs: list[sweep.Job]) -> None:
+    """curves.json of those that were stored and those that are done."""
+    checkpoint.save_json(HERE / "curves.json", stored | {
         job.settings.method: [{"step": line["step"], "scores": line["scores"]}
                               for line in figures.read_log(job.run) if "scores" in line]
-        for job in jobs})
+        for job in jobs if job.done()})
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default 1")
     args = parser.parse_args()
-    jobs = [(v, sweep.make_job(folder(v), [*v.flags.split(), "--seed", str(seed)]))
-            for seed in SEEDS for v in VARIANTS]
+    stored = read_csv()
+    jobs = {name: sweep.make_job(folder(v), [*v.flags.split(), "--seed", str(seed)])
+            for seed in SEEDS for v in VARIANTS if (name := key(v, seed)) not in stored}
+    drawn = read_curves()
     curves = [sweep.make_job(OUT / "curves", ["--method", m, "--score-every", str(EVERY),
-                                              "--score-limit", "150"]) for m in FOLLOWED]
-    for _ in sweep.run_all([*curves, *(job for _, job in jobs)], args.jobs):
-        write_curves([job for job in curves if job.done()])
-        write_csv([(v, job) for v, job in jobs if job.done()])
-    write_curves(curves)
-    write_csv(jobs)
+                                              "--score-limit", "150"])
+              for m in FOLLOWED if m not in drawn]
+    for _ in sweep.run_all([*curves, *jobs.values()], args.jobs):
+        write_curves(drawn, curves)
+        write_csv(stored, jobs)
+    write_csv(stored, jobs)  # also of runs that were finished before
 
 
 if __name__ == "__main__":
