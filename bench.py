@@ -281,7 +281,7 @@ def gram_svd(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 WAYS: dict[str, Callable[[torch.Tensor], Any]] = {
     "torch.linalg.svd": lambda W: torch.linalg.svd(W, full_matrices=False),
-    "farss.svd": farss.svd, "fp64 Gram": gram_svd}
+    "farss.svd": farss.svd, "smaller side": farss.smaller_side, "fp64 Gram": gram_svd}
 
 
 def decompositions(width: int, mlp: int) -> None:

@@ -25,8 +25,10 @@ Glossary (name, symbol, equation)
     scaling                  α/R         one constant for all layers of a run               A.2.1
 
 On a model: `measure` sweeps through the blocks and leaves of each layer its importance and its
-candidate directions; `build_adapters` then decides the ranks and cuts the adapters.
-`kfac_factors` is the plain way to the factors, of any model; `sweep` the one with little memory.
+candidate directions; `build_adapters` then decides the ranks and cuts the adapters. The plain way
+to the same is `kfac_factors` and `measure_layer`: Eq. 2, 8 and 13-15 as they are written. `sweep`
+needs the memory of one block, and `measure` forms no factor either: it decomposes each W first and
+looks at the tokens along its directions (`Along`).
 
 Tensors in, tensors out: no files, flags or printing here.
 """
@@ -36,7 +38,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,27 +48,43 @@ from model import at_least_fp32, evaluating
 EPSILON = 1e-12  # Eq. 9, relative to the sum of the importances
 STRIPE = 1024  # rows of a symmetric sum that are added to at once
 SMALL = 1024  # below so many singular values torch's own SVD is as fast as any detour
+EXACT = 1 / 32  # of σ_1: down to there one Gram matrix gives directions as exact as an SVD's
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each (b, t), padded on the right
-Factors = dict[str, tuple[Tensor, Tensor]]  # layer: (Σ_h, Σ_δ), or (λ, γ)
-Directions = tuple[Tensor, Tensor]  # U (m, k), Vh (k, n)
+Factors = dict[str, tuple[Tensor, Tensor]]  # layer: (Σ_h, Σ_δ), or F and B of Along
 Loss = Callable[[Any, Batch], Tensor]  # of a model and a batch; a scalar
 
 # ------------------------------------------------ section 3.2: Kronecker factors of the Fisher
 
 
-@dataclass
-class FactorSums:
-    """Running sums behind Σ_h and Σ_δ while `kfac_hooks` is open.
+class Along(NamedTuple):
+    """What is wanted of a layer W (m, n) in place of its factors: F and B, the second moments of
+    what each token brings forward and backward, in the basis X (k, k) of W's smaller side.
 
-    Layers that read the same tensor (q, k, v; gate, up) share one Σ_h: `owner` names the layer
-    that holds it. Of a layer in `along`, whose singular vectors are known, no factor is formed but
-    what it is along them, λ and γ of Eq. 14: k (n + m) products a token in place of n² + m², and
-    no n x n matrix. `factors()`, once at the end, makes means of the sums.
+        m >= n, X = V:    F = E[x xᵀ] of x = Vᵀ h,          B of Vᵀ Wᵀ δ = Σ Uᵀ δ
+        m <  n, X = U:    F of Uᵀ W h = Σ Vᵀ h,             B of Uᵀ δ
+
+    Either way s_i = F_ii B_ii (Eq. 15) and I = Tr(F B) / mn (Eq. 8): nothing is wider than k. The
+    W h or Wᵀ δ of the model's own pass serves, unless it is rounded to fewer bits than fp32, in
+    which the lowest directions would drown; then W X stands in (look_along).
     """
 
-    along: dict[str, Directions] = field(default_factory=dict)
-    hh: dict[str, Tensor] = field(default_factory=dict)  # Σ_t h hᵀ (n, n), by owner; or (k,)
-    dd: dict[str, Tensor] = field(default_factory=dict)  # Σ_t δ δᵀ (m, m), by layer; or (k,)
+    forward: Tensor  # what h, or W h at the output, is multiplied by from the right
+    backward: Tensor  # what δ, or Wᵀ δ at the input, is
+    at: str  # input: h and Wᵀ δ; output: W h and δ; both: h and δ
+    squares: bool  # only the diagonals of F and B are wanted
+
+
+@dataclass
+class FactorSums:
+    """Running sums behind Σ_h and Σ_δ while `kfac_hooks` is open, or F and B of layers in `along`.
+
+    Layers that read the same tensor (q, k, v; gate, up) share one Σ_h: `owner` names the layer
+    that holds it. `factors()`, once at the end, makes means of the sums.
+    """
+
+    along: dict[str, Along] = field(default_factory=dict)
+    forward: dict[str, Tensor] = field(default_factory=dict)  # Σ_t h hᵀ (n, n) or F, by owner
+    backward: dict[str, Tensor] = field(default_factory=dict)  # Σ_t δ δᵀ (m, m) or B, by layer
     norm: dict[str, Tensor] = field(default_factory=dict)  # Σ ‖h‖², by owner
     first: dict[str, Tensor] = field(default_factory=dict)  # the same of first tokens
     owner: dict[str, str] = field(default_factory=dict)
@@ -79,45 +97,49 @@ class FactorSums:
         self.mask, self.seen = attention_mask.bool(), None
         self.tokens += int(self.mask.sum())
 
-    def add_input(self, name: str, h: Tensor) -> None:
-        """Eq. 18: h (b, t, n), what the layer multiplies by W."""
+    def add_input(self, name: str, h: Tensor, Wh: Tensor | None = None) -> None:
+        """Eq. 18: h (b, t, n), what the layer multiplies by W; Wh (b, t, m) of those in `along`
+        that are looked at there."""
         if name not in self.along and self.seen is not None and self.seen[0] is h:
             self.owner[name] = self.seen[1]
             return
         self.owner[name] = name
         real = at_least_fp32(h.detach()[self.mask])  # (tokens, n)
-        if name in self.along:
-            add_squares(self.hh, name, real @ self.along[name][1].T)
-        else:
-            self.seen = h, name
-            add_outer(self.hh, name, real)
         start = self.mask.int().argmax(dim=1)  # first real token of each sequence
         first = h.detach()[torch.arange(len(h), device=h.device), start]
         self.first[name] = self.first.get(name, 0) + at_least_fp32(first).pow(2).sum()
         self.norm[name] = self.norm.get(name, 0) + real.pow(2).sum()
+        if name in self.along:
+            rows = real if Wh is None else at_least_fp32(Wh.detach()[self.mask])
+            add_moment(self.forward, name, rows @ self.along[name].forward,
+                       self.along[name].squares)
+        else:
+            self.seen = h, name
+            add_outer(self.forward, name, real)
 
     def add_gradient(self, name: str, delta: Tensor) -> None:
-        """Eq. 19: δ = ∂L/∂y (b, t, m), the gradient at the layer's output."""
+        """Eq. 19: δ = ∂L/∂y (b, t, m), the gradient at the layer's output; or Wᵀ δ (b, t, n)."""
         real = at_least_fp32(delta[self.mask])  # (tokens, m)
         if name in self.along:
-            add_squares(self.dd, name, real @ self.along[name][0])
+            add_moment(self.backward, name, real @ self.along[name].backward,
+                       self.along[name].squares)
         else:
-            add_outer(self.dd, name, real)
+            add_outer(self.backward, name, real)
 
     def factors(self) -> Factors:
-        """{name: (Σ_h, Σ_δ) or, of a layer in `along`, (λ, γ)}: the sums divided, in place, by the
+        """{name: (Σ_h, Σ_δ) or, of a layer in `along`, (F, B)}: the sums divided, in place, by the
         number of real tokens.
 
         Raises ValueError when there was none.
         """
         if self.tokens == 0:
             raise ValueError("no calibration token: the batches are empty or fully padded")
-        for total in (*self.hh.values(), *self.dd.values()):
+        for total in (*self.forward.values(), *self.backward.values()):
             total /= self.tokens  # in place: a second copy would double the memory
             if total.ndim == 2:
                 mirror(total)
         self.tokens = 1  # they are means now, and stay so in a second call
-        return {n: (self.hh[self.owner[n]], self.dd[n]) for n in self.dd}
+        return {n: (self.forward[self.owner[n]], self.backward[n]) for n in self.backward}
 
     def first_token_share(self) -> dict[str, float]:
         """Part of Tr Σ_h that stands at the first token (BOS), which can be most of it."""
@@ -145,17 +167,19 @@ def mirror(total: Tensor) -> None:
         total[:i, i : i + STRIPE] = total[i : i + STRIPE, :i].T
 
 
-def add_squares(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
-    """sums[name] += Σ_t x_t², elementwise, for rows (tokens, k)."""
-    sums[name] = sums.get(name, 0) + rows.pow(2).sum(dim=0)
+def add_moment(sums: dict[str, Tensor], name: str, rows: Tensor, squares: bool) -> None:
+    """add_outer, or its diagonal alone."""
+    if squares:
+        sums[name] = sums.get(name, 0) + rows.pow(2).sum(dim=0)
+    else:
+        add_outer(sums, name, rows)
 
 
 @contextmanager
 def kfac_hooks(model: nn.Module, names: Iterable[str],
-               along: dict[str, Directions] | None = None) -> Iterator[FactorSums]:
-    """Record h and δ of the named linear layers during forward and backward passes.
-
-    Of a layer in `along` only what they are along its singular vectors.
+               along: dict[str, Along] | None = None) -> Iterator[FactorSums]:
+    """Record h and δ of the named linear layers during forward and backward passes, of those in
+    `along` what Along says.
 
     All parameters are frozen meanwhile, so a backward pass computes no weight gradient, and the
     forward pass keeps no graph below the first named layer: that layer's output is made the
@@ -165,20 +189,36 @@ def kfac_hooks(model: nn.Module, names: Iterable[str],
     wanted_grad = [(p, p.requires_grad) for p in model.parameters()]
     handles = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            # Returns None: a hook's value would replace the layer's output.
-            sums.add_input(name, args[0])
-            if not output.requires_grad:
-                output.requires_grad_()
-            output.register_hook(lambda delta: sums.add_gradient(name, delta))
+    def watch(name: str, layer: nn.Module) -> None:
+        at = sums.along[name].at if name in sums.along else "both"
 
-        return hook
+        def listen(x: Tensor) -> None:
+            if not x.requires_grad:
+                x.requires_grad_()
+            x.register_hook(lambda gradient: sums.add_gradient(name, gradient))
+
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0].view_as(args[0])  # so that its gradient is this layer's Wᵀ δ alone
+            listen(x)
+            return (x,)
+
+        def after(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            # Returns None: a hook's value would replace the layer's output.
+            Wh = None
+            if at == "output":
+                Wh = output if module.bias is None else output - module.bias
+            sums.add_input(name, args[0], Wh)
+            if at != "input":
+                listen(output)
+
+        if at == "input":
+            handles.append(layer.register_forward_pre_hook(before))
+        handles.append(layer.register_forward_hook(after))
 
     try:
         model.requires_grad_(False)
         for name in names:
-            handles.append(model.get_submodule(name).register_forward_hook(watch(name)))
+            watch(name, model.get_submodule(name))
         with evaluating(model):  # no dropout in the statistics
             yield sums
     finally:
@@ -277,7 +317,7 @@ def quiet(items: Iterable, **_: Any) -> Iterable:
 
 def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = summed_loss,
           keep_on: torch.device | str | None = None, progress: Callable[..., Iterable] = quiet,
-          along: Callable[[str], Directions | None] = lambda name: None
+          along: Callable[[str], Along | None] = lambda name: None
           ) -> Iterator[tuple[Factors, dict[str, float]]]:
     """kfac_factors block by block, from the last to the first, in the memory of one block.
 
@@ -285,10 +325,10 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     block, on the device `keep_on` (None: where it is). Then each block in turn, for all batches,
     runs alone from its kept input and backward from the gradient that the block above handed
     down. Two forward passes (the last block: one) and one backward in all, whatever the number of
-    blocks. `along`, asked of each layer before its block runs, gives its singular vectors U and Vh
-    where λ and γ are all that is wanted of it.
+    blocks. `along`, asked of each layer before its block runs, says what is wanted of it in place
+    of its factors.
 
-    Yields for each block ({name: (Σ_h, Σ_δ) or (λ, γ)}, {name: share of the first tokens in
+    Yields for each block ({name: (Σ_h, Σ_δ) or (F, B)}, {name: share of the first tokens in
     Tr Σ_h}); what the caller pops from the first dict and drops is freed before the next block
     begins. Between two blocks the model is as it was. `model` offers `enter`, `blocks` and
     `loss(..., hidden=)` (see model.CausalLM). Raises ValueError when there is no token or a name
@@ -327,7 +367,7 @@ def block_inputs(model: Any, batches: Iterable[Batch], lowest: int,
 
 def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contexts: list[tuple],
               inputs: list[Tensor], gradients: list[Any], loss: Loss, lowest: bool,
-              keep_on: torch.device | str | None, along: Callable[[str], Directions | None]
+              keep_on: torch.device | str | None, along: Callable[[str], Along | None]
               ) -> tuple[Factors, dict[str, float]]:
     """Block i forward and backward on all batches, with hooks on its named layers: what sweep
     yields.
@@ -337,7 +377,7 @@ def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contex
     the lowest block.
     """
     last = i == len(model.blocks) - 1
-    known = {n: directions for n in names if (directions := along(n)) is not None}
+    known = {n: wanted for n in names if (wanted := along(n)) is not None}
     with kfac_hooks(model, names, known) as sums:
         for b, batch in enumerate(batches):
             sums.start(batch["attention_mask"])
@@ -429,20 +469,49 @@ def allocate_ranks(I: dict[str, float], r_avg: float, r_min: int,  # noqa: E741
 def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 13 and 30: W = U diag(S) Vh with k = min(m, n): U (m, k), S (k,) falling, Vh (k, n).
 
-    In fp32 at least: bf16 has no SVD, and its 8 bits would mix the lowest directions. A large
-    oblong W is first brought to its square factor: Wᵀ = Q Rᵀ, R = U Σ Zᵀ, Vᵀ = Zᵀ Qᵀ (R-SVD; Chan,
-    1982), as accurate as the direct way and more than twice as fast.
+    In fp32 at least: bf16 has no SVD, and its 8 bits would mix the lowest directions. A large W
+    goes by way of smaller_side; u_i = W v_i / σ_i is then exact to σ_1 / σ_i units of rounding.
     """
     W = at_least_fp32(W)
-    m, n = W.shape
-    if min(m, n) < SMALL or max(m, n) < 1.5 * min(m, n):
+    if min(W.shape) < SMALL:
         return torch.linalg.svd(W, full_matrices=False)
-    if m > n:
-        V, S, Uh = svd(W.T)
-        return Uh.T, S, V.T
-    Q, R = torch.linalg.qr(W.T)
-    U, S, Zh = torch.linalg.svd(R.T)
-    return U, S, Zh @ Q.T
+    S, X = smaller_side(W)
+    Y = across(W, X, S)
+    return (Y, S, X.T) if W.shape[0] >= W.shape[1] else (X, S, Y.T)
+
+
+def smaller_side(W: Tensor) -> tuple[Tensor, Tensor]:
+    """σ (k,), falling, and the singular vectors X (k, k) of W's smaller side, V where m >= n, in
+    half the time of an SVD or less.
+
+    From the Gram matrix WᵀW = V Σ² Vᵀ. Its rounding, ε σ_1², is ε σ_1² / σ_i to direction i: to
+    those with σ_i >= σ_1 / 32 no more than an SVD's own. The rest, W on the complement of these,
+    whose σ_1 is smaller, goes the same way again, and a small rest to torch's SVD.
+    """
+    m, n = W.shape
+    if m < n:
+        return smaller_side(W.T)
+    if n < SMALL:
+        _, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return S, Vh.T
+    gram: dict[str, Tensor] = {}
+    add_outer(gram, "", W)
+    square, V = torch.linalg.eigh(gram.pop(""))  # reads left of the diagonal alone
+    S, V = square.clamp(min=0).sqrt().flip(0), V.flip(1)
+    top = int((S / S[0] >= EXACT).sum()) if S[0] > 0 else n
+    if top == n:
+        return S, V
+    low = V[:, top:].contiguous()
+    S_low, X_low = smaller_side(W @ low)
+    return torch.cat([S[:top], S_low]), torch.cat([V[:, :top], low @ X_low], dim=1)
+
+
+def across(W: Tensor, X: Tensor, S: Tensor) -> Tensor:
+    """The other side (max(m, n), r) of directions X (k, r) of the smaller side: u_i = W v_i / σ_i,
+    or v_i = Wᵀ u_i / σ_i; 0 where σ_i is."""
+    W = at_least_fp32(W)
+    Y = (W if W.shape[0] >= W.shape[1] else W.T) @ X
+    return Y / torch.where(S > 0, S, 1)
 
 
 def lam_gam(U: Tensor, Vh: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor
@@ -562,69 +631,97 @@ class Adapter:
         return self.A.shape[0]
 
 
+@dataclass
+class Directions:
+    """Eq. 13 of a layer W (m, n): of a large one its smaller side alone."""
+
+    S: Tensor  # (k,), falling
+    X: Tensor  # (k, k), V where m >= n, else U
+    Y: Tensor | None = None  # (max(m, n), k), the other side; None: across(W, X, S), where needed
+
+    @classmethod
+    def of(cls, W: Tensor) -> "Directions":
+        if min(W.shape) >= SMALL:
+            return cls(*smaller_side(at_least_fp32(W)))
+        U, S, Vh = svd(W)
+        return cls(S, Vh.T, U) if W.shape[0] >= W.shape[1] else cls(S, U, Vh.T)
+
+    def take(self, W: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m, r), S (r,) and Vh (r, n) of the directions `index`."""
+        S, X = self.S[index], self.X[:, index]
+        Y = across(W, X, S) if self.Y is None else self.Y[:, index]
+        return (Y, S, X.T) if W.shape[0] >= W.shape[1] else (X, S, Y.T)
+
+
+def look_along(W: Tensor, X: Tensor, squares: bool) -> Along:
+    """How to look at the tokens of a layer W along the directions X of its smaller side."""
+    tall = W.shape[0] >= W.shape[1]
+    if W.dtype in (torch.float32, torch.float64):
+        return Along(X, X, "input" if tall else "output", squares)
+    W = at_least_fp32(W)
+    return Along(X, W @ X, "both", squares) if tall else Along(W.T @ X, X, "both", squares)
+
+
 @torch.no_grad()
 def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
             loss: Loss = summed_loss, keep_on: torch.device | str | None = None,
             progress: Callable[..., Iterable] = quiet) -> dict[str, Measurement]:
     """First step: every layer's scored directions and, of a shallow one, its importance.
 
-    Of a deep layer λ and γ are all that is needed: it is decomposed before its block runs, and no
-    factor of it is formed. A shallow layer's rank depends on the importance of all shallow layers,
-    which is known only after the last of them. Until then a layer keeps as many candidates as its
-    rank can possibly need, from the end that its depth decides. The model stays as it is.
-    Candidates are on the CPU, in fp32 (fp64 for an fp64 model). Raises ValueError for weights,
-    activations or gradients that are not finite and for a layer that has an adapter already.
-    `keep_on` and `progress` (which wraps loops as tqdm does) are those of `sweep`.
+    Each layer is decomposed before its block runs, and the tokens are seen along its directions;
+    of a deep layer only squares are summed, as its rank does not depend on I. A shallow layer's
+    depends on the I of all shallow layers, known only after the last of them. Until then a layer
+    keeps as many candidates as its rank can possibly need, from the end that its depth decides. The
+    model stays as it is. Candidates are on the CPU, in fp32 (fp64 for an fp64 model). Raises
+    ValueError for weights, activations or gradients that are not finite and for a layer that has
+    an adapter already. `keep_on` and `progress` (which wraps loops as tqdm does) are those of
+    `sweep`.
     """
     for name in names:
         if not isinstance(model.get_submodule(name), nn.Linear):
             raise ValueError(f"{name} is no plain nn.Linear: it has an adapter; merge() it first")
     found: dict[str, Measurement] = {}
-    decomposed: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # deep layers of the present block
+    decomposed: dict[str, Directions] = {}  # layers of the present block
 
-    def along(name: str) -> Directions | None:
-        if budget.is_shallow(name):
-            return None
+    def along(name: str) -> Along:
         W = model.get_submodule(name).weight
         if not W.isfinite().all():
             raise ValueError(f"the weight of {name} is not finite")
-        decomposed[name] = svd(W)
-        return decomposed[name][0], decomposed[name][2]
+        decomposed[name] = Directions.of(W)
+        return look_along(W, decomposed[name].X, not budget.is_shallow(name))
 
-    for factors, share in sweep(model, batches, names, loss, keep_on, progress, along):
-        for name in list(factors):
-            if name in decomposed:
-                found[name] = candidates(name, *decomposed.pop(name), *factors.pop(name), budget,
-                                         share[name])
-            else:
-                W = model.get_submodule(name).weight
-                found[name] = measure_layer(name, W, *factors.pop(name), budget, share[name])
+    for moments, share in sweep(model, batches, names, loss, keep_on, progress, along):
+        for name in list(moments):
+            W, (F, B) = model.get_submodule(name).weight, moments.pop(name)
+            importance = None
+            if budget.is_shallow(name):
+                importance = (F * B).sum().item() / W.numel()
+                F, B = F.diagonal(), B.diagonal()
+            found[name] = candidates(name, W, decomposed.pop(name), F.double() * B.double(),
+                                     budget, share[name], importance)
     return {name: found[name] for name in names}
 
 
 def measure_layer(name: str, W: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor, budget: Budget,
                   first_token_share: float) -> Measurement:
-    """Eq. 8 and 13-15 for one layer from its factors: its importance, and its candidates."""
-    importance = fisher_importance(W, Sigma_h, Sigma_delta)
-    if not math.isfinite(importance):
-        raise ValueError(f"importance of {name} is {importance}: the weight, an activation or a "
-                         "gradient is not finite")
+    """The same for one layer from its factors, as Eq. 8 and 13-15 say it."""
     U, S, Vh = svd(W)
-    return candidates(name, U, S, Vh, *lam_gam(U, Vh, Sigma_h, Sigma_delta), budget,
-                      first_token_share, importance)
+    s = direction_scores(S, *lam_gam(U, Vh, Sigma_h, Sigma_delta))
+    directions = Directions(S, Vh.T, U) if len(U) >= Vh.shape[1] else Directions(S, U, Vh.T)
+    return candidates(name, W, directions, s, budget, first_token_share,
+                      fisher_importance(W, Sigma_h, Sigma_delta))
 
 
-def candidates(name: str, U: Tensor, S: Tensor, Vh: Tensor, lam: Tensor, gam: Tensor,
-               budget: Budget, first_token_share: float, importance: float | None = None
-               ) -> Measurement:
+def candidates(name: str, W: Tensor, directions: Directions, s: Tensor, budget: Budget,
+               first_token_share: float, importance: float | None) -> Measurement:
     """The directions by score (Eq. 15-17), as many as the layer's rank can possibly need."""
-    s = direction_scores(S, lam, gam)
-    if not s.isfinite().all():
+    if not (s.isfinite().all() and math.isfinite(importance or 0)):
         raise ValueError(f"a score of {name} is not finite: an activation or a gradient is not")
-    index = select_directions(direction_order(s), min(budget.most(name), len(S)),
+    index = select_directions(direction_order(s), min(budget.most(name), len(s)),
                               budget.lowest(name))
-    return Measurement(importance, U[:, index].cpu(), S[index].cpu(), Vh[index].cpu(),
-                       first_token_share, S.cpu(), s.cpu())
+    U, S, Vh = directions.take(W, index)
+    return Measurement(importance, U.cpu(), S.cpu(), Vh.cpu(), first_token_share,
+                       directions.S.cpu(), s.cpu())
 
 
 def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: float = 1.0

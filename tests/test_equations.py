@@ -424,7 +424,7 @@ def test_eq12_refuses_impossible_ranks(r_min, r_avg, r_max):
 
 
 @shapes
-@pytest.mark.parametrize("small", [farss.SMALL, 1])  # 1: oblong ones by way of QR, as large ones
+@pytest.mark.parametrize("small", [farss.SMALL, 1])  # 1: by the Gram matrix, as large ones
 def test_eq13_singular_value_decomposition(monkeypatch, m, n, small):
     monkeypatch.setattr(farss, "SMALL", small)
     W, k = random(m, n), min(m, n)
@@ -438,18 +438,28 @@ def test_eq13_singular_value_decomposition(monkeypatch, m, n, small):
     close(U @ S.diag() @ Vh, W)
 
 
-@pytest.mark.parametrize("m, n", [(12, 30), (30, 12)])
-def test_eq13_by_way_of_qr_is_as_accurate_at_the_bottom(monkeypatch, m, n):
-    """σ down to 1e-6 σ_1 and two of 0, in fp32: still orthonormal, where σ² would be lost."""
-    monkeypatch.setattr(farss, "SMALL", 1)
+@pytest.mark.parametrize("m, n", [(40, 40), (40, 90), (90, 40)])
+def test_eq13_by_gram_matrices_is_as_accurate_at_the_bottom(monkeypatch, m, n):
+    """σ down to 1e-6 σ_1 and ten of 0, in fp32, where σ² would be lost: the smaller side is
+    orthonormal, and W takes each of its directions to σ, those of other directions apart."""
+    monkeypatch.setattr(farss, "SMALL", 4)
     U, _, Vh = torch.linalg.svd(random(m, n), full_matrices=False)
-    sigma = torch.logspace(0, -6, 12, dtype=torch.float64) * (torch.arange(12) < 10)
+    sigma = torch.logspace(0, -6, 40, dtype=torch.float64) * (torch.arange(40) < 30)
     W = (U * sigma @ Vh).float()
     U, S, Vh = farss.svd(W)
-    for Q in (U.T @ U, Vh @ Vh.T):
-        torch.testing.assert_close(Q, torch.eye(12), rtol=0, atol=2e-6)
-    torch.testing.assert_close(S.double(), sigma, rtol=0, atol=5e-7)
-    torch.testing.assert_close(U * S @ Vh, W, rtol=0, atol=1e-6)
+    X = Vh if m >= n else U.T
+    torch.testing.assert_close(X @ X.T, torch.eye(40), rtol=0, atol=3e-6)
+    torch.testing.assert_close(S.double(), sigma, rtol=0, atol=1e-6)
+    torch.testing.assert_close(U * S @ Vh, W, rtol=0, atol=2e-6)
+    for Q in (U.T @ U, Vh @ Vh.T):  # the other side, by the equation, to σ_1 / σ_i roundings
+        off = (Q - torch.eye(40)).abs() * torch.minimum(S, S[:, None])
+        assert off[:30, :30].max() < 1e-6 and Q.isfinite().all()
+
+
+def test_eq13_by_gram_matrices_of_nothing_is_nothing(monkeypatch):
+    monkeypatch.setattr(farss, "SMALL", 1)
+    U, S, Vh = farss.svd(torch.zeros(5, 3))
+    assert not S.any() and not U.any() and torch.equal(Vh @ Vh.T, torch.eye(3))
 
 
 def test_eq13_of_a_bf16_weight_is_taken_in_fp32():

@@ -2,6 +2,7 @@
 
 import gc
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -332,27 +333,82 @@ def test_sweep_gives_the_factors_of_the_whole_model(setting, targets):
         assert share == pytest.approx(sums.first_token_share())
 
 
+@pytest.mark.parametrize("rounded", [False, True], ids=["own pass", "W X"])
 @pytest.mark.parametrize("setting", [{}, dict(attention_bias=True), MISTRAL, GEMMA2],
                          ids=["plain", "biases", "mistral", "gemma2"])
-def test_sweep_along_directions_gives_their_lam_and_gam_and_no_factor(setting):
-    """Of every second layer, so that q, k, v and gate, up have one of each kind between them."""
-    model = llama64(num_hidden_layers=3, **setting)
+def test_sweep_along_directions_gives_the_factors_seen_from_there(setting, rounded):
+    """F and B against Σ_h, Σ_δ and W multiplied out; of every second layer, so that q, k, v and
+    gate, up have one of each kind between them, and by turns all of F and B or their diagonals."""
+    model = llama64(num_hidden_layers=3, intermediate_size=12, **setting)  # gate lies, down stands
     names = M.linear_names(model, SEVEN)
-    usv = {n: farss.svd(model.get_submodule(n).weight.detach()) for n in names[::2]}
+    weights = {n: model.get_submodule(n).weight.detach() for n in names}
+    chosen = {n: farss.Directions.of(weights[n]).X for n in names[::2]}
     asked = []
 
     def along(name):
         asked.append(name)
-        return (usv[name][0], usv[name][2]) if name in usv else None
+        if name not in chosen:
+            return None
+        W, X = weights[name], chosen[name]
+        return farss.look_along(WithDtype(W, torch.bfloat16) if rounded else W, X, squares(name))
+
+    def squares(name):
+        return list(chosen).index(name) % 2 == 1
 
     found, share = by_sweep(model, two_batches(), names, along=along)
     factors, expected_share = by_sweep(model, two_batches(), names)
     assert sorted(asked) == sorted(names) and share == pytest.approx(expected_share)
     for name in names:
-        expected = factors[name] if name not in usv else farss.lam_gam(
-            usv[name][0], usv[name][2], *factors[name])
+        expected = Sigma_h, Sigma_delta = factors[name]
+        if name in chosen:
+            W, X = weights[name], chosen[name]
+            m, n = W.shape
+            across = W @ X if m >= n else W.T @ X
+            expected = ((X.T @ Sigma_h @ X, across.T @ Sigma_delta @ across) if m >= n else
+                        (across.T @ Sigma_h @ across, X.T @ Sigma_delta @ X))
+            if squares(name):
+                expected = [x.diagonal() for x in expected]
         for mine, theirs in zip(found[name], expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-14)
+
+
+class WithDtype(NamedTuple):
+    """An fp64 weight that says it is bf16, so that look_along's other way can be exact."""
+
+    W: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self):
+        return self.W.shape
+
+    def float(self):
+        return self.W
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("small", [1, farss.SMALL], ids=["one side", "both sides"])
+def test_measure_is_eq8_and_13_to_15_of_the_factors(monkeypatch, dtype, small):
+    """Importance, scores and the candidates' U Σ Vᵀ against measure_layer on kfac_factors."""
+    model = llama64(num_hidden_layers=3).to(dtype)
+    names, batches = M.linear_names(model, SEVEN), two_batches()
+    budget = farss.Budget(2, 3, 2, 1, 4)
+    factors = farss.kfac_factors(model, batches, names)
+    plain = {n: farss.measure_layer(n, model.get_submodule(n).weight.detach(), *factors[n], budget,
+                                    0.0) for n in names}
+    monkeypatch.setattr(farss, "SMALL", small)
+    tolerance = 1e-8 if dtype == torch.float64 else 2e-3
+    for name, mine in farss.measure(model, batches, names, budget).items():
+        theirs = plain[name]
+        assert mine.S.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        top = theirs.s.max().item()  # scores of one layer go over many decades
+        torch.testing.assert_close(mine.s, theirs.s, rtol=tolerance, atol=1e-6 * tolerance * top)
+        if budget.is_shallow(name):
+            assert mine.importance == pytest.approx(theirs.importance, rel=tolerance)
+        else:
+            assert mine.importance is None
+        torch.testing.assert_close(mine.U * mine.S @ mine.Vh, theirs.U * theirs.S @ theirs.Vh,
+                                   rtol=tolerance, atol=1e-10 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 4, 5, 12, 13])
@@ -446,13 +502,12 @@ def living(size):
 
 
 def test_nothing_of_a_block_survives_its_turn():
-    """Factors are the largest tensors here, four Σ_h and seven Σ_δ a block; in deep blocks U and V.
-    A turn begins with the kept inputs of the blocks to come, one gradient a batch, no factor, and
-    the block's own U and V; within it there is one block's worth of factors once, and the inputs
-    that are used up are gone."""
+    """A turn begins with the kept inputs of the blocks to come, one gradient a batch, no moment and
+    the block's own U and V; within it there are in a shallow block F and B of its layers, in a deep
+    one nothing of that size, and the inputs that are used up are gone."""
     blocks, batches = 6, two_batches() * 3
     model = tiny_llama(num_hidden_layers=blocks, intermediate_size=33)
-    size = 16 * 16  # k and v have the smallest factors
+    size = 16 * 16  # k and v have the smallest moments
     seen: list[int] = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda module, args: seen.append(living(size)))
@@ -462,8 +517,8 @@ def test_nothing_of_a_block_survives_its_turn():
     turns = [seen[k : k + 6] for k in range(6 * (blocks - 1), len(seen), 6)]
     for below, turn in zip(range(blocks - 1, -1, -1), turns, strict=True):
         gradients = 6 if below < blocks - 1 else 0
-        assert turn[0] == 6 * (below + 1) + gradients + (14 if below >= 1 else 0)
-        held = 11 if below < 1 else 14 + 4  # factors, or U and V of seven layers
+        assert turn[0] == 6 * (below + 1) + gradients + 14
+        held = 14 + (14 if below < 1 else 0)  # U and V of seven layers, F and B
         assert turn[-1] <= 6 * below + 6 + held + 4
 
 
