@@ -108,7 +108,7 @@ class FactorSums:
         start = self.mask.int().argmax(dim=1)  # first real token of each sequence
         first = h.detach()[torch.arange(len(h), device=h.device), start]
         self.first[name] = self.first.get(name, 0) + at_least_fp32(first).pow(2).sum()
-        self.norm[name] = self.norm.get(name, 0) + real.pow(2).sum()
+        self.norm[name] = self.norm.get(name, 0) + real.flatten().dot(real.flatten())
         if name in self.along:
             rows = real if Wh is None else at_least_fp32(Wh.detach()[self.mask])
             add_moment(self.forward, name, rows @ self.along[name].forward,
@@ -168,9 +168,9 @@ def mirror(total: Tensor) -> None:
 
 
 def add_moment(sums: dict[str, Tensor], name: str, rows: Tensor, squares: bool) -> None:
-    """add_outer, or its diagonal alone."""
+    """add_outer, or its diagonal alone; uses up `rows`."""
     if squares:
-        sums[name] = sums.get(name, 0) + rows.pow(2).sum(dim=0)
+        sums[name] = sums.get(name, 0) + rows.pow_(2).sum(dim=0)
     else:
         add_outer(sums, name, rows)
 
@@ -612,6 +612,7 @@ class Measurement:
     first_token_share: float  # part of Tr Σ_h at the first token
     sigma: Tensor  # σ of all min(m, n) directions, falling
     s: Tensor  # and their scores, fp64
+    index: Tensor  # (k,): which of them the candidates are
 
 
 @dataclass
@@ -721,7 +722,7 @@ def candidates(name: str, W: Tensor, directions: Directions, s: Tensor, budget: 
                               budget.lowest(name))
     U, S, Vh = directions.take(W, index)
     return Measurement(importance, U.cpu(), S.cpu(), Vh.cpu(), first_token_share,
-                       directions.S.cpu(), s.cpu())
+                       directions.S.cpu(), s.cpu(), index.cpu())
 
 
 def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: float = 1.0
@@ -741,7 +742,7 @@ def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: fl
         index = select_directions(torch.arange(len(x.S)), r, budget.lowest(name))
         A, B = adapter_from_directions(x.U, x.S, x.Vh, index, scaling)
         taken = torch.zeros_like(x.sigma)
-        taken[select_directions(direction_order(x.s), r, budget.lowest(name))] = 1
+        taken[x.index[index]] = 1
         spectrum = torch.stack([x.sigma.float(), x.s.float(), taken.float()])
         adapters[name] = Adapter(A, B, name in ranks, x.importance, r_raw.get(name),
                                  x.first_token_share, spectrum)

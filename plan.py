@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import checkpoint
+import farss
 from farss import block_index
 from model import (
     DECODER_TARGETS,
@@ -83,6 +84,7 @@ class Plan:
     checkpointing: bool
     training: dict[str, float]
     initialisation: dict[str, float]  # empty where a method needs no factors
+    kept_apart: float  # block inputs of the initialisation that go to CPU memory
     memory: float  # that the device has
 
     @property
@@ -113,12 +115,14 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     micro_batch, checkpointing = choose_micro_batch(s, config, parameters, most, memory)
     examples = min(s.examples, rows or s.examples)
     steps = s.steps or s.epochs * math.ceil(examples / s.batch_size)
+    initial = initialisation_memory(s, config, parameters) if s.how.needs != "nothing" else {}
+    kept_apart = 0.0 if fits(initial, memory) or s.device == "cpu" else initial["kept inputs"]
     return Plan(
         config.num_hidden_layers, parameters, trainable, bounds,
         s.rank * sum(m + n for m, n in shapes.values()), head, layer_groups(s, shapes), examples,
         steps, warmup_steps(steps, s.warmup), micro_batch, checkpointing,
         training_memory(s, config, parameters, most, micro_batch, checkpointing),
-        initialisation_memory(s, config, parameters) if s.how.needs != "nothing" else {}, memory)
+        initial | ({"kept inputs": 0.0} if kept_apart else {}), kept_apart, memory)
 
 
 def warmup_steps(steps: int, warmup: float) -> int:
@@ -174,8 +178,8 @@ def is_mixed(s: Settings) -> bool:
     return s.master_dtype != DTYPES[s.dtype]
 
 
-def block_activations(s: Settings, config: Config) -> int:
-    """Bytes that one block keeps per token for its backward pass.
+def block_activations(s: Settings, config: Config, adapters: bool = True) -> int:
+    """Bytes that one block keeps per token for its backward pass, with its adapters or without.
 
     About 10 d + 2 kv + 4 f numbers (norms, q, k, v, rotated q and k, attention's output; gate, up,
     SiLU and product), d the width, kv and f those of keys and MLP; in RoBERTa about 12 d + 2 f; and
@@ -186,7 +190,7 @@ def block_activations(s: Settings, config: Config) -> int:
     kv = config.num_key_value_heads * config.head_dim
     numbers = 12 * d + 2 * f if FAMILIES[config.model_type].encoder else 10 * d + 2 * kv + 4 * f
     size = element_size(s) * numbers + (10 * d if is_mixed(s) else 0)
-    if s.how.trains == "adapters":
+    if s.how.trains == "adapters" and adapters:
         size += sum(5 * n for _, n in block_shapes(s, config).values())
     return size
 
@@ -218,7 +222,7 @@ def training_memory(s: Settings, config: Config, parameters: int, trainable: flo
 def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[str, float]:
     """Estimated peak bytes of the sweep through the blocks, by part.
 
-    The kept inputs go to CPU memory where the device has no room for them. Where only the inputs'
+    The kept inputs go to CPU memory where they do not fit (`fits`). Where only the inputs'
     covariances are needed, one block's inputs are kept and nothing for a backward pass.
     """
     shapes = block_shapes(s, config)
@@ -228,21 +232,36 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
     if s.how.needs == "covariance":
         return {"weights": element_size(s) * parameters, "covariances of a block": 4 * numbers,
                 "kept inputs": kept_inputs(s, config, tokens) // config.num_hidden_layers}
-    numbers += sum(m * m for m, _ in shapes.values())
-    directions = sum(min(m, n) * (m + n) for m, n in shapes.values())
-    held = {"factors of a block": 4 * numbers if s.budget.shallow else 0,
-            "directions of a block": 4 * directions}  # U and V, in deep blocks
-    most = max(held, key=lambda part: held[part])
+    held = 4 * sum(directions(s, m, n) for m, n in shapes.values())
+    moments = 4 * sum(2 * min(m, n) ** 2 for m, n in shapes.values())
+    batch = CALIBRATION_BATCH * s.max_length
+    logits = 0 if FAMILIES[config.model_type].encoder else (
+        3 * min(2**28, 4 * batch * config.vocab_size))
+    widest = max(map(max, shapes.values()))  # a gradient and its real tokens in fp32
     return {"weights": element_size(s) * parameters,
-            most: held[most],
-            "activations of a block": CALIBRATION_BATCH * s.max_length * block_activations(
-                s, config) + 3 * 2**28,
+            "directions of a block": held,
+            "moments of a block": moments if s.budget.shallow else 0,
+            "activations of a block": batch * (block_activations(s, config, False) + widest * (
+                element_size(s) + 4)) + logits,
             "kept inputs": kept_inputs(s, config, tokens)}
+
+
+def directions(s: Settings, m: int, n: int) -> int:
+    """Numbers that farss.Directions and farss.Along hold of a layer: the smaller side, of a small
+    one the other, too, and W times it where the model's own products are rounded to less than
+    fp32."""
+    k = min(m, n)
+    return k * k + k * max(m, n) * ((k < farss.SMALL) + (element_size(s) < 4))
 
 
 def kept_inputs(s: Settings, config: Config, tokens: int) -> int:
     """Bytes of what goes into each block, for all calibration tokens."""
     return tokens * config.hidden_size * config.num_hidden_layers * element_size(s)
+
+
+def fits(parts: dict[str, float], memory: float) -> bool:
+    """Whether these bytes leave a tenth of the memory free, for what an estimate does not know."""
+    return sum(parts.values()) <= 0.9 * memory
 
 
 def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: float,
@@ -254,7 +273,7 @@ def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: 
     for checkpointing in checks:
         for size in sizes:
             need = training_memory(s, config, parameters, trainable, size, checkpointing)
-            if sum(need.values()) <= 0.9 * memory:
+            if fits(need, memory):
                 return size, checkpointing
     return sizes[-1], checks[-1]
 
@@ -351,13 +370,14 @@ def show(s: Settings, plan: Plan, known: str) -> None:
           + (f" ({s.epochs} epoch{'s' * (s.epochs > 1)} of {plan.examples:,})"
              if not s.steps else "")
           + f", {plan.warmup_steps} of them warm-up to lr {s.lr:g}")
-    has = f"{plan.memory / 1e9:.0f} GB" + (" (an 80 GB GPU; no --device given)" if s.device is None
-                                           else f" free on {s.device}")
+    has = f"{plan.memory / 1e9:.0f} GB" + (f" free on {s.device}" if s.device else "")
     print(f"memory        of {has}, about")
     print(f"              training {by_part(plan.training)} (micro-batch {plan.micro_batch}"
           + (", checkpointing)" if plan.checkpointing else ")"))
     if plan.initialisation:
-        print(f"              initialisation {by_part(plan.initialisation)}")
+        print(f"              initialisation {by_part(plan.initialisation)}"
+              + (f"; kept inputs, {plan.kept_apart / 1e9:.1f} GB, in CPU memory"
+                 if plan.kept_apart else ""))
     if not plan.fits:
         print("              THIS DOES NOT FIT"
               + (": AdamW needs 16 bytes for every weight" if s.how.trains == "weights" else

@@ -442,7 +442,11 @@ def training_arguments(description: str | None, argv: list[str] | None = None
                        "now, if not where it was")
     group.add_argument("--dry-run", action="store_true", help="print the plan and stop: "
                        "parameters, ranks, steps, memory; needs no weights")
+    group.add_argument("--memory", type=float, metavar="GB", help="with --dry-run: of the card "
+                       "that the plan is for (default: what is free on --device; without one, 80)")
     args = parser.parse_args(argv)
+    if args.memory is not None and not (args.dry_run and 0 < args.memory < math.inf):
+        parser.error("--memory goes with --dry-run, and is a number of GB above 0")
     if args.resume and (set(given(args)) - set(MACHINE) or args.out or args.dry_run):
         parser.error("--resume takes its settings from the run; give no other option but "
                      + ", ".join(MACHINE))

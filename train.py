@@ -182,7 +182,8 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
     """FARSS's adapters, and what ranks.json says of them."""
     batches = calibration_batches(s, examples)
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
-    keep_on = "cpu" if kept > plan.device_memory(s.device) / 2 else None
+    need = plan.initialisation_memory(s, model.config, 0) | {"kept inputs": kept}
+    keep_on = None if plan.fits(need, plan.device_memory(s.device)) else "cpu"
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
@@ -463,7 +464,7 @@ def main(argv: list[str] | None = None) -> None:
             check_new(run)
         rows = (data.read_rows(s.data, data.TASKS[s.task].source)
                 if not args.dry_run or data.is_local(s.data) else [])
-        planned = plan.make(s, config, rows=len(rows))
+        planned = plan.make(s, config, args.memory and args.memory * 1e9, len(rows))
         print("\n".join(origins(s, config, given(args))))
         if args.dry_run:
             plan.show(s, planned, known_as(s.model, config))
