@@ -8,6 +8,7 @@
     save_adapter, load_adapter    A, B and the A0, B0 that were taken out of W
     unload       takes the adapters off again: W, bit for bit
     atomic       a file is written whole or not at all
+    save_sealed, load_sealed    tensors with a hash, so that a flipped bit is found
 
 `python checkpoint.py --list` prints the short names and families that are supported.
 
@@ -59,6 +60,10 @@ class UserError(ValueError):
 
 class AbsentError(UserError):
     """A file of the hub that is not there."""
+
+
+class DamagedError(UserError):
+    """A file of tensors that was cut short or changed since it was written."""
 
 
 # ----------------------------------------------------------------------- names of checkpoints
@@ -694,8 +699,7 @@ def save_adapter(path: str | Path, model: nn.Module, initial: dict[str, tuple[Te
     scalings = {n: layer.scaling for n, layer in adapted_layers(model).items()}
     alike = len(set(scalings.values())) == 1
     scaling = next(iter(scalings.values())) if alike else scalings
-    save_tensors(path, tensors, {"adapter": json.dumps({"scaling": scaling,
-                                                        "residual": residual})})
+    save_sealed(path, tensors, "adapter", {"scaling": scaling, "residual": residual})
 
 
 class Adapter(NamedTuple):
@@ -715,7 +719,7 @@ def read_adapter(model: nn.Module, path: str | Path) -> Adapter:
 
     Raises UserError if the file is damaged or does not fit the model.
     """
-    tensors, meta = load_tensors(path)
+    tensors, how = load_sealed(path, "adapter")
     names = [key[:-2] for key in tensors if key.endswith(".A")]
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name in names:
@@ -725,12 +729,11 @@ def read_adapter(model: nn.Module, path: str | Path) -> Adapter:
         if (B.shape[0], A.shape[1]) != tuple(linears[name].weight.shape):
             raise UserError(f"{path}: {name} is {B.shape[0]} x {A.shape[1]}, the base model's "
                             f"is {tuple(linears[name].weight.shape)}; wrong base model?")
-    if not names or "adapter" not in meta:
-        raise UserError(f"{path}: not an adapter written by train.py")
+    if not names:
+        raise UserError(f"{path}: adapts no layer")
     for name, p in whole_parameters(model).items():
         if name not in tensors or tensors[name].shape != p.shape:
             raise UserError(f"{path}: has no {name} of shape {tuple(p.shape)}; another task?")
-    how = json.loads(meta["adapter"])
     starts = {n: Start(tensors[f"{n}.A"], tensors[f"{n}.B"], tensors.get(f"{n}.A0"),
                        tensors.get(f"{n}.B0"), tensors.get(f"{n}.d")) for n in names}
     return Adapter(starts, {n: tensors[n] for n in whole_parameters(model)}, how["scaling"],
@@ -801,7 +804,8 @@ def copy_companions(source: Path, target: Path) -> None:
                     "merges.txt", "chat_template*", "generation_config.json"):
         for file in source.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, target / file.name)
+                with atomic(target / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
     pad = read_json(source / "config.json").get("pad_token_id")
     if pad is not None:
         save_json(target / "config.json", read_json(target / "config.json") | {
@@ -811,7 +815,7 @@ def copy_companions(source: Path, target: Path) -> None:
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary name to write to, which becomes `path` on success and vanishes on failure, so
-    that a killed process never leaves half a file."""
+    that neither a killed process nor a power cut leaves half a file."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -819,13 +823,28 @@ def atomic(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_entries(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_json(path: str | Path, value: dict) -> None:
+def sync_entries(folder: str | Path) -> None:
+    """Have the names of a folder's files on the disk, too, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_text(path: str | Path, text: str) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_json(path: str | Path, value: dict) -> None:
+    save_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -840,6 +859,44 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
         except SafetensorError as error:
             raise OSError(f"{path}: could not be written ({error})") from None
         temporary.chmod(mode)  # save_file leaves a file that nobody else can read
+
+
+def seal(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    """A hash of every byte of tensors on the CPU, and of what is said about them."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def save_sealed(path: str | Path, tensors: dict[str, Tensor], kind: str, about: dict[str, Any]
+                ) -> str:
+    """save_tensors with `about` and a seal, by which load_sealed finds a byte that has changed.
+    Returns the seal."""
+    flat = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    sealed = seal(flat, about)
+    save_tensors(path, flat, {kind: json.dumps(about | {"sha256": sealed})})
+    return sealed
+
+
+def load_sealed(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Undo save_sealed; `about` still has its seal, as "sha256".
+
+    Raises DamagedError where that does not fit, UserError for a file of another kind. A file of
+    an older version has no seal and is taken as it is.
+    """
+    tensors, meta = load_tensors(path)
+    if kind not in meta:
+        raise UserError(f"{path}: not {kind} data written by train.py")
+    try:
+        about = json.loads(meta[kind])
+        plain = {key: value for key, value in about.items() if key != "sha256"}
+    except (ValueError, RecursionError, AttributeError):
+        raise DamagedError(f"{path}: damaged (what it says of itself is not readable)") from None
+    if "sha256" in about and about["sha256"] != seal(tensors, plain):
+        raise DamagedError(f"{path}: damaged (its bytes are not those that were written)")
+    return tensors, about
 
 
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -882,7 +939,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or incomplete ({error})") from None
+        raise DamagedError(f"{path}: damaged or incomplete ({error})") from None
 
 
 # ------------------------------------------------------------------------------ the tokenizer

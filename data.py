@@ -526,6 +526,7 @@ def pieces(text: str, tokenizer: Tokenizer, max_length: int) -> list[Example]:
 @dataclass
 class TrainingSet:
     examples: list[Example]
+    rows: list[int]  # of each example, counted from 1
     dropped: int  # rows with no response token left after truncation
     cut: int  # rows that lost their end to it
     sha256: str  # of what the chosen rows say, so that a resumed run can tell
@@ -537,7 +538,7 @@ def training_set(rows: list[Row], tokenizer: Tokenizer, examples: int, max_lengt
 
     Raises UserError if no row has a response token within max_length.
     """
-    digest, kept, dropped, cut = hashlib.sha256(), [], 0, 0
+    digest, kept, numbers, dropped, cut = hashlib.sha256(), [], [], 0, 0
     chosen = draw(len(rows), examples, seed)
     for i in tqdm(chosen, desc="tokenising", leave=False, disable=None, delay=2):
         said, example, shortened = example_of(rows[i], tokenizer, task, max_length)
@@ -546,11 +547,12 @@ def training_set(rows: list[Row], tokenizer: Tokenizer, examples: int, max_lengt
             dropped += 1
         else:
             kept.append(example)
+            numbers.append(i + 1)
             cut += shortened
     if not kept:
         raise UserError(f"no row has a response token within {max_length} tokens; "
                         "raise --max-length")
-    return TrainingSet(kept, dropped, cut, digest.hexdigest())
+    return TrainingSet(kept, numbers, dropped, cut, digest.hexdigest())
 
 
 # ---------------------------------------------------------------------------------------- batches

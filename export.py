@@ -483,6 +483,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
+        checkpoint.sync_entries(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -519,7 +520,7 @@ def main(argv: list[str] | None = None) -> None:
     with new_folder(args.to) as folder:
         form.write(source, folder, args.to, DTYPES[args.dtype] if args.dtype else None, size)
         card = model_card(source, args.format, args.to)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        checkpoint.save_text(folder / "README.md", card)
     written = sum(f.stat().st_size for f in args.to.rglob("*") if f.is_file())
     print(f"{args.to}: {form.about}, {written / 1e6:,.1f} MB; README.md there says how to load it")
 

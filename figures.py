@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+import checkpoint
 from farss import block_index
 
 METHOD = Path(__file__).resolve().parent / "method.svg"
@@ -39,8 +40,9 @@ def plotting() -> Any:
 def save(pyplot: Any, figure: Any, path: Path) -> None:
     """Equal input, equal file."""
     kind = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with pyplot.rc_context({"svg.hashsalt": "farss", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=110, metadata=kind)
+    with (pyplot.rc_context({"svg.hashsalt": "farss", "svg.fonttype": "none"}),
+          checkpoint.atomic(path) as temporary):
+        figure.savefig(temporary, dpi=110, metadata=kind, format=path.suffix[1:])
     pyplot.close(figure)
 
 

@@ -647,6 +647,6 @@ def check_new(run: Path) -> None:
     if finished(run):
         raise UserError(f"{run} holds a finished run; choose another --out or --seed, or "
                         "remove it")
-    if run.exists() and any(run.iterdir()):
+    if run.exists() and any(p.suffix != ".tmp" for p in run.iterdir()):
         raise UserError(f"{run} holds an unfinished run; go on with --resume {run}, or choose "
                         "another --out")

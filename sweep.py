@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
         write_results(results, jobs, base)
     rows = write_results(results, jobs, base)
     text = "\n".join(table(rows)) + "\n"
-    (results / "results.txt").write_text(text)
+    checkpoint.save_text(results / "results.txt", text)
     print(text, end="")
     pyplot = figures.plotting()
     if pyplot is None:

@@ -16,15 +16,16 @@ adapter.safetensors (for --method full: a model folder), to be read by `python e
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ from checkpoint import UserError
 from settings import (
     AUTO,
     DTYPES,
+    MACHINE,
     Settings,
     base_of,
     candidates,
@@ -241,8 +243,9 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def save_checkpoint(path: Path, step: int, trained: dict[str, nn.Parameter],
-                    optimizer: torch.optim.Optimizer) -> None:
-    """All that the next step depends on: parameters, AdamW's moments, step, random states."""
+                    optimizer: torch.optim.Optimizer, belongs: dict[str, Any]) -> None:
+    """All that the next step depends on: parameters, AdamW's moments, step, random states; and
+    what it `belongs` to."""
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
@@ -250,16 +253,26 @@ def save_checkpoint(path: Path, step: int, trained: dict[str, nn.Parameter],
         tensors[f"p/{name}"] = p
         if p in optimizer.state:
             tensors |= {f"{k}/{name}": optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-    checkpoint.save_tensors(path, tensors, {"step": str(step)})
+    checkpoint.save_sealed(path, tensors, "checkpoint", belongs | {"step": step})
 
 
 def load_checkpoint(path: Path, trained: dict[str, nn.Parameter],
-                    optimizer: torch.optim.Optimizer) -> int:
-    """Undo save_checkpoint; returns the number of steps done."""
-    tensors, meta = checkpoint.load_tensors(path)
-    if {k[2:] for k in tensors if k.startswith("p/")} != set(trained):
-        raise UserError(f"{path}: does not hold this run's parameters")
-    step = int(meta["step"])
+                    optimizer: torch.optim.Optimizer, belongs: dict[str, Any]) -> int:
+    """Undo save_checkpoint; returns the number of steps done.
+
+    Raises DamagedError, and UserError naming what differs where it belongs to something else.
+    """
+    tensors, about = checkpoint.load_sealed(path, "checkpoint")
+    unlike = [f"{name} {about['settings'][name]}, not {value}"
+              for name, value in belongs["settings"].items()
+              if about["settings"].get(name, value) != value]
+    if unlike:
+        raise UserError(f"{path}: was made with {'; '.join(unlike)} as run.json has it now")
+    shapes = {k[2:]: t.shape for k, t in tensors.items() if k.startswith("p/")}
+    if about["start"] != belongs["start"] or shapes != {n: p.shape for n, p in trained.items()}:
+        raise UserError(f"{path}: goes on from another start than the one in {path.parent}; "
+                        "remove the run, and start it again")
+    step = about["step"]
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(tensors[f"p/{name}"])
@@ -299,7 +312,21 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
     return total, norm, sum(len(e.ids) for e in batch)
 
 
-def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
+def resume(run: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+           belongs: dict[str, Any]) -> int:
+    """Load the newest sound checkpoint; returns the number of steps done. One that is damaged is
+    said, and goes."""
+    while path := newest_checkpoint(run):
+        try:
+            return load_checkpoint(path, trained, optimizer, belongs)
+        except checkpoint.DamagedError as error:
+            path.unlink()
+            before = newest_checkpoint(run)
+            print(f"{error}; going on from {before.name if before else 'the first step'}")
+    return 0
+
+
+def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
           validate: Callable[[], Scores] | None = None,
           score: Callable[[], Scores] | None = None) -> bool:
     """The loop; True when all steps are done, False when it was asked to stop (and saved).
@@ -308,8 +335,9 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
     s.score_every steps; both for log.jsonl.
 
     Continues from the newest checkpoint in run/checkpoint. Ctrl-C or SIGTERM finish the step
-    and save. A loss or gradient that is not finite ends the run and leaves the checkpoint.
+    and save. A loss, gradient or weight that is not finite ends the run and leaves the checkpoint.
     """
+    examples = chosen.examples
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=s.lr, weight_decay=s.weight_decay)
     per_epoch = math.ceil(len(examples) / s.batch_size)
@@ -317,8 +345,9 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
     model.body.gradient_checkpointing = s.checkpointing
     model.train()
     torch.manual_seed(s.seed)
-    saved = newest_checkpoint(run)
-    start = load_checkpoint(saved, trained, optimizer) if saved else 0
+    belongs = {"start": start_of_run(run), "settings": {
+        k: v for k, v in asdict(s).items() if k not in MACHINE}}
+    start = resume(run, trained, optimizer, belongs)
     log = run / "log.jsonl"
     done = log.read_text().splitlines()[:start] if log.exists() else []
     with checkpoint.atomic(log) as temporary:  # forget what came after the checkpoint
@@ -338,11 +367,9 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
             began = time.perf_counter()
             batch = [examples[i] for i in batches[step % per_epoch]]
             loss, norm, tokens = train_step(model, batch, s, optimizer, list(trained.values()))
+            rows = [chosen.rows[i] for i in batches[step % per_epoch]]
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = newest_checkpoint(run)
-                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}, on examples "
-                     f"{batches[step % per_epoch]}; nothing was updated. "
-                     + (f"Last checkpoint: {kept}" if kept else "No checkpoint yet"), code=1)
+                diverged(run, s, f"step {step + 1}: loss {loss}, gradient norm {norm}", rows)
             speed = tokens / (time.perf_counter() - began)
             memory = plan.memory_used(s.device) / 1e9
             line: dict[str, Any] = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
@@ -356,14 +383,46 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
             out.flush()
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:.1f} GB")
-            if stop.asked or ((step + 1) % s.save_every == 0 and step + 1 < steps):
+            last, stopping = step + 1 == steps, stop.asked
+            saving = stopping or ((step + 1) % s.save_every == 0 and not last)
+            if (saving or last) and not all(bool(p.isfinite().all()) for p in trained.values()):
+                diverged(run, s, f"step {step + 1}: weights that are not finite after loss {loss}, "
+                         f"gradient norm {norm}", rows)
+            if saving:
+                os.fsync(out.fileno())  # no step may be in a checkpoint and not in the log
                 path = run / "checkpoint" / f"step-{step + 1:06d}.safetensors"
-                save_checkpoint(path, step + 1, trained, optimizer)
+                save_checkpoint(path, step + 1, trained, optimizer, belongs)
                 for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
                     old.unlink()
-            if stop.asked:
-                return step + 1 == steps
+            if stopping:
+                return last
+        os.fsync(out.fileno())
     return True
+
+
+def start_of_run(run: Path) -> str | None:
+    """The seal of the start that a run's checkpoints go on from; None where W itself trains."""
+    path = run / "checkpoint" / "init.safetensors"
+    return checkpoint.load_sealed(path, "adapter")[1].get("sha256") if path.exists() else None
+
+
+def diverged(run: Path, s: Settings, what: str, rows: list[int]) -> NoReturn:
+    """Say what happened, on which rows, and what is left; nothing of it is saved."""
+    kept = newest_checkpoint(run)
+    fail(f"{what}, on rows {', '.join(map(str, sorted(rows)))} of {s.data} (counted from 1); "
+         "nothing of this step was saved. "
+         + (f"Last checkpoint: {kept}" if kept else "No checkpoint yet"), code=1)
+
+
+def drop_damaged(start_file: Path) -> None:
+    """Remove a start that is damaged: it is computed again, and must come out the same where
+    checkpoints go on from it."""
+    if start_file.exists():
+        try:
+            checkpoint.load_sealed(start_file, "adapter")
+        except checkpoint.DamagedError as error:
+            print(f"{error}; the start is computed again")
+            start_file.unlink()
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -451,6 +510,7 @@ def main(argv: list[str] | None = None) -> None:
         run = args.resume
         s, recorded = read_run(run)
         if finished(run):
+            shutil.rmtree(run / "checkpoint.tmp", ignore_errors=True)  # killed while they went
             raise UserError(f"{run} is finished; evaluate it with python eval.py {run}")
         s = replace(s, **given(args))
         folder = base_of(run, s, recorded, args.base)
@@ -493,6 +553,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
               "examples are longer")
     start_file = run / "checkpoint" / "init.safetensors"
+    drop_damaged(start_file)
     calibration = [] if start_file.exists() else calibration_set(s, chosen.examples, tokenizer)
     if s.how.needs != "nothing" and 0 < len(calibration) < s.calibration_examples:
         print(f"note: calibration on {len(calibration)} examples, not {s.calibration_examples}")
@@ -505,6 +566,7 @@ def main(argv: list[str] | None = None) -> None:
     model = checkpoint.load(folder, s.master_dtype, s.device, task.classes or None, s.seed)
     if recorded is None:  # run.json goes first: with it alone a run can be resumed
         run.mkdir(parents=True, exist_ok=True)
+        checkpoint.sync_entries(run.parent)
         write_run(run, s, {
             "data_sha256": chosen.sha256, "dropped_rows": chosen.dropped, "cut_rows": chosen.cut,
             "known_as": known_as(s.model, config), **({"boundary": boundary} if boundary else {}),
@@ -535,7 +597,7 @@ def main(argv: list[str] | None = None) -> None:
 
     validate = evaluation.validator(model, tokenizer, validation) if validation else None
     score = evaluation.validator(model, tokenizer, scored) if scored else None
-    if not train(model, s, chosen.examples, run, validate, score):
+    if not train(model, s, chosen, run, validate, score):
         print(f"stopped; go on with: python train.py --resume {run}")
         sys.exit(130)
     if s.how.trains == "weights":
@@ -543,7 +605,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.copy_companions(folder, run / "model")
     else:
         checkpoint.save_adapter(run / "adapter.safetensors", model, initial, s.residual)
-    shutil.rmtree(run / "checkpoint")
+    # At once, so that a kill never leaves part of it, from which a resumed run would go on.
+    shutil.rmtree((run / "checkpoint").replace(run / "checkpoint.tmp"))
     for sentence in evaluation.best_and_last(evaluation.epoch_scores(run)):
         print(sentence)
     if pyplot := figures.plotting():

@@ -1,8 +1,10 @@
 """train.py: initialisation, the step, exact resume, and bad input."""
 
+import ast
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -608,6 +610,218 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(here, monkeypa
     assert "step 5: loss nan" in err and "step-000004.safetensors" in err
     monkeypatch.setattr(M.CausalLM, "loss", inner)
     train.main(["--resume", "runs/tiny-math-farss-s0"])
+
+
+def rows_named(err):
+    return [int(n) for n in re.search(r"on rows ([\d, ]+) of d/train.jsonl", err)[1].split(", ")]
+
+
+def test_rows_of_a_bad_step_are_lines_of_the_file(here, monkeypatch, capsys):
+    """One row's tokens make the loss NaN: it is among those named, whatever was drawn or dropped
+    before it."""
+    lines = Path("d/train.jsonl").read_text().splitlines()
+    lines[0] = json.dumps({"question": "x " * 200, "answer": "dropped"})  # no room for its answer
+    lines[41] = json.dumps({"question": "~~~?", "answer": "1\n#### 1"})
+    Path("d/train.jsonl").write_text("\n".join(lines))
+    inner, step = M.CausalLM.loss, train.train_step
+
+    def poisoned(self, input_ids, labels, *args, **kwargs):
+        loss, n = inner(self, input_ids, labels, *args, **kwargs)
+        bad = self.training and (input_ids == ord("~") - 33).sum() > 2  # its byte's token
+        return (loss * float("nan") if bad else loss), n
+
+    seen = []
+    monkeypatch.setattr(train, "train_step", lambda model, batch, *a: (
+        seen.append(batch), step(model, batch, *a))[1])
+    monkeypatch.setattr(M.CausalLM, "loss", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL[:-2], "--epochs", "1", "--max-length", "200"])
+    assert stop.value.code == 1
+    named, tokenizer = rows_named(capsys.readouterr().err), C.Tokenizer("tiny", C.config_of("tiny"))
+    assert 42 in named and len(named) == len(seen[-1]) >= 3 and 1 not in named
+    texts = [tokenizer.decode(e.ids) for e in seen[-1]]
+    questions = [json.loads(lines[n - 1])["question"] for n in named]
+    assert all(any(q in text for text in texts) for q in questions)
+
+
+@pytest.mark.parametrize("method", ["farss", "full"])
+@pytest.mark.parametrize("diverges_in, kept", [(4, "step-000002"), (6, "step-000004")])
+def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, capsys, method,
+                                                     diverges_in, kept):
+    """The loss and gradient of that step are finite; it would be saved, or is the last."""
+    step, count = train.train_step, [0]
+
+    def infinite(model, batch, s, optimizer, trained):
+        found = step(model, batch, s, optimizer, trained)
+        count[0] += 1
+        if count[0] == diverges_in:
+            with torch.no_grad():
+                trained[-1].view(-1)[-1] = math.inf
+        return found
+
+    argv = [*SMALL, "--save-every", "2", "--method", method]
+    train.main([*argv, "--out", "whole"])
+    monkeypatch.setattr(train, "train_step", infinite)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*argv, "--out", "cut"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1 + err.count("\r")
+    assert f"step {diverges_in}: weights that are not finite after loss " in err
+    assert f"Last checkpoint: cut/checkpoint/{kept}.safetensors" in err and rows_named(err)
+    assert not list(here.glob("cut/adapter*")) and not list(here.glob("cut/model"))
+    train.main(["--resume", "cut"])  # by then it is finite
+    file = "model/model.safetensors" if method == "full" else "adapter.safetensors"
+    assert (here / "cut" / file).read_bytes() == (here / "whole" / file).read_bytes()
+
+
+# ------------------------------------------------------------------------- damaged, other, stale
+
+
+@pytest.fixture
+def stopped(here, monkeypatch):
+    """A run that was undisturbed, and one that was stopped behind step 5."""
+    train.main([*SMALL, "--out", "whole", "--save-every", "2"])
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train.main([*SMALL, "--out", "cut", "--save-every", "2"])
+    assert sorted(p.name for p in (here / "cut/checkpoint").iterdir()) == [
+        "init.safetensors", "step-000004.safetensors", "step-000005.safetensors"]
+    return here / "cut"
+
+
+def damage(path, how):
+    whole = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:  # one bit of the numbers, or of what the header says
+        at = len(whole) - 7 if how == "flipped" else whole.index(b"lr") + 1
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "header"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, capsys, how):
+    damage(stopped / "checkpoint/step-000005.safetensors", how)
+    capsys.readouterr()
+    train.main(["--resume", "cut"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert len(said) == 1 and "cut/checkpoint/step-000005.safetensors: damaged" in said[0]
+    assert said[0].endswith("going on from step-000004.safetensors")
+    same(stopped)
+
+
+def same(run):
+    one, two = ((run.parent / d / "adapter.safetensors").read_bytes() for d in ("cut", "whole"))
+    assert one == two
+    losses = [[json.loads(line)["loss"] for line in (run.parent / d / "log.jsonl").open()]
+              for d in ("cut", "whole")]
+    assert losses[0] == losses[1]
+
+
+def test_all_checkpoints_and_the_start_damaged_is_a_run_from_the_start(stopped, capsys):
+    for path in (stopped / "checkpoint").iterdir():
+        damage(path, "flipped")
+    train.main(["--resume", "cut"])
+    out = capsys.readouterr().out
+    assert "init.safetensors: damaged" in out and "the start is computed again" in out
+    assert out.count("damaged") == 3 and "going on from the first step" in out
+    same(stopped)
+
+
+def test_a_damaged_start_comes_out_the_same_or_the_run_ends(stopped, monkeypatch):
+    """Checkpoints go on from one W_res only."""
+    damage(stopped / "checkpoint/init.safetensors", "flipped")
+    start = train.start_from_fisher
+
+    def other(*args):
+        starts, report = start(*args)
+        return {n: x._replace(A0=x.A0 * 1.5) for n, x in starts.items()}, report
+
+    with monkeypatch.context() as patch:
+        patch.setitem(train.STARTS, "fisher", other)
+        with pytest.raises(C.UserError, match="goes on from another start"):
+            train.main(["--resume", "cut"])
+    (stopped / "checkpoint/init.safetensors").unlink()
+    train.main(["--resume", "cut"])
+    same(stopped)
+
+
+def test_resume_refuses_settings_that_were_changed_and_says_which(stopped):
+    recorded = C.read_json(stopped / "run.json")
+    changed = recorded["settings"] | {"lr": 0.5, "clip": 9.0, "save_every": 1}
+    C.save_json(stopped / "run.json", recorded | {"settings": changed})
+    with pytest.raises(C.UserError, match=r"was made with lr 0.001, not 0.5; clip 1.0, not 9.0"):
+        train.main(["--resume", "cut"])
+    C.save_json(stopped / "run.json", recorded | {"settings": changed | {"lr": 1e-3, "clip": 1.0}})
+    train.main(["--resume", "cut"])
+    same(stopped)
+
+
+def test_a_checkpoint_of_another_seed_is_refused(stopped):
+    train.main([*SMALL, "--seed", "1", "--out", "other"])
+    (stopped / "checkpoint/init.safetensors").write_bytes(
+        Path("other/adapter.safetensors").read_bytes())
+    with pytest.raises(C.UserError, match="goes on from another start"):
+        train.main(["--resume", "cut"])
+
+
+def test_a_kill_before_the_first_file_leaves_a_folder_to_start_in(here):
+    Path("cut").mkdir()
+    Path("cut/run.json.tmp").write_text("{")
+    train.main([*SMALL, "--out", "cut"])
+    assert C.read_json("cut/run.json")
+
+
+def test_a_kill_while_the_checkpoints_go_leaves_a_finished_run(here, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(folder, **_):
+        next(iter(Path(folder).iterdir())).unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.shutil, "rmtree", kill)
+        with pytest.raises(Killed):
+            train.main([*SMALL, "--out", "cut"])
+    assert S.finished(Path("cut")) and Path("cut/checkpoint.tmp").exists()
+    with pytest.raises(C.UserError, match="is finished"):
+        train.main(["--resume", "cut"])
+    assert not Path("cut/checkpoint.tmp").exists()
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """fsync of the file, the new name, fsync of the folder: in this order, for texts, tensors,
+    streamed tensors and copies."""
+    done = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda d: (done.append(
+        Path(os.readlink(f"/proc/self/fd/{d}")).name), sync(d)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("->"), rename(a, b)))
+    C.save_text(tmp_path / "a", "text")
+    C.save_sealed(tmp_path / "b", {"x": torch.ones(2)}, "adapter", {})
+    C.stream_tensors(tmp_path / "c", {"x": (2,)}, torch.float32, lambda _: torch.ones(2))
+    assert done == [word for name in "abc" for word in (f"{name}.tmp", "->", tmp_path.name)]
+
+
+def test_no_file_is_written_but_by_atomic():
+    """But the log, whose lines are added, and what a sandbox has of its own."""
+    left = {}
+    for file in REPO.glob("*.py"):
+        tree = ast.parse(file.read_text())
+        inside = {id(n) for node in ast.walk(tree) if isinstance(node, ast.With)
+                  for item in node.items if "atomic(" in ast.unparse(item.context_expr)
+                  for n in ast.walk(node)}
+        for node in ast.walk(tree):
+            said = ast.unparse(node) if isinstance(node, ast.Call) else ""
+            writes = re.search(r"\.write_(text|bytes)\(|copyfile\(|savefig\(", said) or (
+                said.startswith("open(") and re.search(r", '[wax]b?'", said))
+            if writes and id(node) not in inside:
+                left.setdefault(file.stem, []).append(said)
+    assert left.pop("sandbox")
+    assert left == {"train": ["open(log, 'a')"], "sweep": ["open(f'{job.run}.log', 'a')"]}
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(here, monkeypatch, capsys):
