@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 help:           ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
 
 demo: .venv/ready  ## FARSS and LoRA on the microcosm, side by side, in one table (one to three minutes)
 	$(BIN)/python train.py
@@ -16,8 +16,11 @@ lint: .venv/ready-dev  ## ruff and mypy
 test: lint      ## lint, then all tests
 	$(BIN)/python -m pytest
 
+test-referee: .venv-referee/ready  ## lm_eval's own code beside this one's, in an environment of its own
+	HF_HUB_OFFLINE=1 .venv-referee/bin/python -m pytest tests/test_referee.py
+
 clean:          ## remove the environment, all runs and all caches
-	rm -rf .venv runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-referee runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11+ is needed")'
@@ -32,4 +35,9 @@ clean:          ## remove the environment, all runs and all caches
 	$(BIN)/pip install --quiet --upgrade --no-deps --target .venv/transformers4 --requirement requirements-transformers4.txt
 	touch $@
 
-.PHONY: help demo lint test clean
+.venv-referee/ready: requirements-referee.txt
+	$(PYTHON) -m venv .venv-referee
+	.venv-referee/bin/pip install --quiet --requirement requirements-referee.txt
+	touch $@
+
+.PHONY: help demo lint test test-referee clean

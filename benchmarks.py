@@ -54,8 +54,10 @@ def gsm8k_official(answer: str | None, gold: str) -> bool:
     text = found[0]
     if "/" in text:
         over, under = text.split("/")
+        if not over.strip("+-"):  # "x/2", of which "/2" was taken: no number
+            return False
         # A denominator "0" alone gives the numerator; "00" would crash the official script.
-        value = float(over or 0) if not float(under) else float(Fraction(over) / Fraction(under))
+        value = float(over) if not float(under) else float(Fraction(over) / Fraction(under))
     else:
         value = float(text.replace(",", ""))
     predicted, right = round(value), round(float(gold.replace(",", "")))
@@ -554,6 +556,12 @@ BENCHMARKS = {
     "qnli": glue("qnli", "accuracy"),
     "rte": glue("rte", "accuracy"),
 }
+
+
+# By --suite: the benchmarks of a group, which is called by its last word.
+SUITES: dict[str, list[str]] = {}
+for _name, _row in BENCHMARKS.items():
+    SUITES.setdefault(_row.group.rpartition(" ")[2], []).append(_name)
 
 
 def kept(name: str, rows: list[data.Row]) -> list[data.Row]:

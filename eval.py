@@ -3,10 +3,12 @@
     python eval.py runs/NAME                    a run of train.py, against its base model's results
     python eval.py microcosm                    the untouched model (a short name, hub id, folder)
     python eval.py ADAPTER --base MODEL         a LoRA of peft on its base model
+    python eval.py --rescore runs/NAME          judge the outputs that were kept again, no model
     python eval.py --table runs/A runs/B        one table of finished results, nothing is run
 
 Writes results.json, and eval/BENCHMARK.jsonl with every prompt, output and verdict, into the run's
-folder, for an untouched model into runs/<model>-base.
+folder, for an untouched model into runs/<model>-base. What was answered before an interruption is
+kept, and the same command goes on behind it.
 
 The benchmarks (rows of benchmarks.py), by the group that they measure:
 """
@@ -17,7 +19,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +33,11 @@ import data
 import export
 import figures
 import model as M
+import plan
 from baselines import METHODS
 from benchmarks import (
     BENCHMARKS,
+    SUITES,
     Benchmark,
     accuracy,
     column_accuracy,
@@ -50,6 +55,7 @@ from settings import (
     default_task,
     finished,
     for_task,
+    is_out_of_memory,
     is_run,
     known_as,
     model_name,
@@ -133,6 +139,16 @@ def cut(text: str, stops: Iterable[str]) -> str:
     return text
 
 
+Answers = dict[int, dict]  # by question: what the model said, {"output": text} and the like
+Finished = Callable[[int, dict], None]  # is told of each answer as soon as it is there
+KNOWLEDGE = {task.knowledge for task in data.TASKS.values()} - {""}  # groups of benchmarks
+MOST = 64  # questions at a time: half the time of 16 on the microcosm, and 128 save a seventh more
+
+
+def nobody(i: int, said: dict) -> None:
+    """Need not be told."""
+
+
 @dataclass
 class Evaluator:
     """A model with its tokenizer and the settings of an evaluation."""
@@ -145,9 +161,55 @@ class Evaluator:
     scoring: str = "strict"  # or official: the official code's rule, where it has one
     execute: bool = False  # run programs that the model wrote, where that is the judge
 
-    def ask(self, name: str, asked: list[Question]) -> list[dict]:
-        """One record per question: prompt, gold, verdict, and what led to it."""
-        return PROTOCOLS[BENCHMARKS[name].protocol](self, name, asked)
+    def ask(self, name: str, asked: list[Question], known: Answers | None = None,
+            finished: Finished = nobody) -> list[dict]:
+        """One record per question: prompt, gold, verdict, and what led to it.
+
+        What is `known` is not asked; each new answer is given to `finished` as soon as it is there.
+        """
+        prepare = BENCHMARKS[name].prepare
+        if prepare:
+            prepare()
+        return judged(name, asked, self.answers(name, asked, known or {}, finished), self.scoring,
+                      self.execute)
+
+    def answers(self, name: str, asked: list[Question], known: Answers, finished: Finished
+                ) -> list[dict]:
+        """What the model says to each question, in their order. Where the memory does not do for a
+        batch, the rest is asked in batches of half the size."""
+        found = dict(known)
+
+        def keep(i: int, said: dict) -> None:
+            found[i] = said
+            finished(i, said)
+
+        answer = PROTOCOLS[BENCHMARKS[name].protocol].answer
+        while True:
+            try:
+                found |= answer(self, name, asked, dict(found), keep)
+                return [found[i] for i in range(len(asked))]
+            except RuntimeError as error:
+                if self.batch_size == 1 or not is_out_of_memory(error):
+                    raise
+            self.batch_size //= 2  # here the error no longer holds what filled the memory
+            print(f"{name}: out of memory; {self.batch_size} at a time from here on")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def room(self, name: str, asked: list[Question]) -> int:
+        """How many questions at a time the free memory has room for, at most MOST."""
+        device, row = M.embedding(self.model).device, BENCHMARKS[name]
+        each = PROTOCOLS[row.protocol].memory(self, row, asked)
+        return max(1, min(MOST, int(0.8 * plan.device_memory(str(device)) / each)))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return M.embedding(self.model).element_size()
+
+    def longest(self, texts: list[str]) -> int:
+        """Tokens of the longest, which is one of the eight with the most letters."""
+        return max(len(self.tokenizer.encode(t)) for t in sorted(texts, key=len)[-8:])
 
     def with_bos(self, row: Benchmark) -> bool:
         """Whether BOS goes in front: as the benchmark, the option and lm_eval's rule say."""
@@ -156,8 +218,11 @@ class Evaluator:
         return self.bos == "harness" and M.FAMILIES[self.model.config.model_type].harness_bos
 
     def completions(self, prompts: list[str], limit: int, stops: tuple[str, ...], bos: bool,
-                    desc: str) -> list[str]:
-        """Greedy completions, cut at the first stop string, in the order of the prompts."""
+                    desc: str, finished: Callable[[int, str], None] | None = None) -> list[str]:
+        """Greedy completions, cut at the first stop string, in the order of the prompts.
+
+        As soon as one has come to its end, `finished(index, completion)` is called.
+        """
         ids = [self.tokenizer.encode(p, bos) for p in prompts]
         limit = self.max_new_tokens or limit
         most = max(map(len, ids), default=0) + limit
@@ -170,10 +235,18 @@ class Evaluator:
             text = self.tokenizer.decode(new[-tail:])
             return any(s in text for s in stops)
 
+        def text_of(tokens: list[int]) -> str:
+            return cut(self.tokenizer.decode(tokens), stops)
+
+        def done(i: int, tokens: list[int]) -> None:
+            bar.update()
+            if finished:
+                finished(i, text_of(tokens))
+
         with tqdm(total=len(ids), desc=desc, leave=False, disable=None) as bar:
             new = M.generate(self.model, ids, limit, self.tokenizer.eos_ids,
-                             stop if stops else None, self.batch_size, lambda *_: bar.update())
-        return [cut(self.tokenizer.decode(tokens), stops) for tokens in new]
+                             stop if stops else None, self.batch_size, done)
+        return [text_of(tokens) for tokens in new]
 
     def answer_loss(self, rows: list[data.Row], task: str) -> float | None:
         """Mean loss (nats per token) of the reference answers under the task's prompt.
@@ -183,6 +256,12 @@ class Evaluator:
         examples = [data.tokenise(self.tokenizer, *data.question_and_response(r), 512,
                                   data.TASKS[task].prompt) for r in rows]
         return mean_loss(self.model, [e for e in examples if e], "answer loss")
+
+    def known_loss(self, name: str, asked: list[Question]) -> float | None:
+        """Mean loss (nats per token) of the first right answer of each question: what was known is
+        forgotten here before a greedy answer changes."""
+        return mean_loss(self.model, answer_examples(
+            self.tokenizer, asked, self.with_bos(BENCHMARKS[name])), "loss of right answers")
 
     def text_loss(self, text: str) -> float | None:
         """Mean loss (nats per token) of a text, read in pieces of 512 tokens: what a model that
@@ -202,33 +281,59 @@ def mean_loss(model: M.Model, examples: list[data.Example], desc: str = "loss") 
     return total / count if count and math.isfinite(total) else None
 
 
+def answer_examples(tokenizer: checkpoint.Tokenizer, asked: list[Question], bos: bool = True
+                    ) -> list[data.Example]:
+    """Each question with its first right answer as response."""
+    examples = [data.Example(tokenizer.encode(f"{q.prompt} {q.gold[0]}", bos),
+                             len(tokenizer.encode(q.prompt, bos))) for q in asked]
+    return [e for e in examples if e.targets > 0]
+
+
 def known_examples(task: str, tokenizer: checkpoint.Tokenizer, limit: int) -> list[data.Example]:
     """The first questions of each knowledge benchmark of the task, with the right answer as
     response."""
-    examples = []
-    for name in of_group(BENCHMARKS, data.TASKS[task].knowledge):
-        for q in questions(name, data.read_rows(BENCHMARKS[name].source)[:limit]):
-            asked = tokenizer.encode(q.prompt)
-            examples.append(data.Example(tokenizer.encode(f"{q.prompt} {q.gold[0]}"), len(asked)))
-    return [e for e in examples if len(e.ids) > e.prompt_length]
+    return [e for name in of_group(BENCHMARKS, data.TASKS[task].knowledge)
+            for e in answer_examples(tokenizer, questions(
+                name, data.read_rows(BENCHMARKS[name].source)[:limit]))]
 
 
-def complete(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
-    """Generate greedily, extract the answer, judge it."""
+def judged(name: str, asked: list[Question], said: list[dict], scoring: str, run: bool
+           ) -> list[dict]:
+    """One record per question, from what the model said; no model is needed. `run`: also the
+    programs that it wrote."""
     row = BENCHMARKS[name]
-    if row.prepare:
-        row.prepare()
-    judge = (evaluator.scoring == "official" and row.official) or row.judge
-    outputs = evaluator.completions([q.prompt for q in asked], row.new_tokens, row.stops,
-                                    evaluator.with_bos(row), name)
-    records = []
-    for q, output in zip(asked, outputs, strict=True):
-        answer = row.extract(output) if row.extract else output
-        records.append({"prompt": q.prompt, "output": output, "extracted": answer, "gold": q.gold,
-                        "correct": None if row.program else judge(answer, q.gold)})
-    if row.program and evaluator.execute:
+    judge = PROTOCOLS[row.protocol].judge
+    records = [judge(row, q, what, scoring) | ({"part": q.part} if q.part else {})
+               for q, what in zip(asked, said, strict=True)]
+    if row.program and run:
         execute(row.program, records, name)
     return records
+
+
+def complete(evaluator: Evaluator, name: str, asked: list[Question], known: Answers,
+             finished: Finished) -> Answers:
+    """Generate greedily."""
+    row, rest = BENCHMARKS[name], [i for i in range(len(asked)) if i not in known]
+    outputs = evaluator.completions([asked[i].prompt for i in rest], row.new_tokens, row.stops,
+                                    evaluator.with_bos(row), name,
+                                    lambda j, text: finished(rest[j], {"output": text}))
+    return {i: {"output": output} for i, output in zip(rest, outputs, strict=True)}
+
+
+def judge_output(row: Benchmark, q: Question, said: dict, scoring: str) -> dict:
+    """Extract the answer from what was generated, and judge it."""
+    judge = (scoring == "official" and row.official) or row.judge
+    answer = row.extract(said["output"]) if row.extract else said["output"]
+    return {"prompt": q.prompt, "output": said["output"], "extracted": answer, "gold": q.gold,
+            "correct": None if row.program else judge(answer, q.gold)}
+
+
+def generation_memory(evaluator: Evaluator, row: Benchmark, asked: list[Question]) -> float:
+    """Bytes for each question in work."""
+    prompt = evaluator.longest([q.prompt for q in asked])
+    new = evaluator.max_new_tokens or row.new_tokens
+    return plan.question_memory(evaluator.model.config, evaluator.itemsize, prompt / 8, 1,
+                                prompt + new)  # an eighth of the prompts at a time
 
 
 def execute(program: Callable[[str, dict], str], records: list[dict], desc: str) -> None:
@@ -264,17 +369,18 @@ def samples(records: list[dict]) -> str:
 
 
 @torch.inference_mode()
-def greedy_match(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
-    """Right when every token of some gold answer is the model's first choice."""
+def greedy_match(evaluator: Evaluator, name: str, asked: list[Question], known: Answers,
+                 finished: Finished) -> Answers:
+    """Which gold answers have every token as the model's first choice."""
     tokenizer, model = evaluator.tokenizer, evaluator.model
     bos = evaluator.with_bos(BENCHMARKS[name])
-    records, pairs = [], []
-    for i, q in enumerate(asked):
-        records.append({"prompt": q.prompt, "gold": q.gold, "matched": []})
-        length = len(tokenizer.encode(q.prompt, bos))
-        for answer in q.gold:
-            whole = tokenizer.encode(f"{q.prompt} {answer}", bos)
-            pairs.append((i, answer, data.Example(whole, length)))
+    pairs, left = [], {}
+    said: Answers = {i: {"matched": []} for i in range(len(asked)) if i not in known}
+    for i in said:
+        prompt, golds = asked[i].prompt, asked[i].gold
+        left[i], length = len(golds), len(tokenizer.encode(prompt, bos))
+        pairs += [(i, answer, data.Example(tokenizer.encode(f"{prompt} {answer}", bos), length))
+                  for answer in golds]
     batches = data.batches_by_length(pairs, lambda p: len(p[2].ids), 4 * evaluator.batch_size)
     for batch in tqdm(batches, desc=name, leave=False, disable=None):
         inputs = data.collate([p[2] for p in batch], M.embedding(model).device)
@@ -284,10 +390,24 @@ def greedy_match(evaluator: Evaluator, name: str, asked: list[Question]) -> list
             n = len(example.ids) - example.prompt_length
             here, hit = hit[:n], hit[n:]
             if all(here):
-                records[i]["matched"].append(answer)
-    for record in records:
-        record["correct"] = bool(record["matched"])
-    return records
+                said[i]["matched"].append(answer)
+            left[i] -= 1
+            if not left[i]:
+                finished(i, said[i])
+    return said
+
+
+def judge_matches(row: Benchmark, q: Question, said: dict, scoring: str) -> dict:
+    """Right when some gold answer matched."""
+    return {"prompt": q.prompt, "gold": q.gold, "matched": said["matched"],
+            "correct": bool(said["matched"])}
+
+
+def matching_memory(evaluator: Evaluator, row: Benchmark, asked: list[Question]) -> float:
+    """Bytes for each question in work: four answers."""
+    tokens = evaluator.longest([f"{q.prompt} {max(q.gold, key=len)}" for q in asked])
+    answer = evaluator.longest([max(q.gold, key=len) for q in asked])
+    return 4 * plan.question_memory(evaluator.model.config, evaluator.itemsize, tokens, answer)
 
 
 def part_scores(asked: list[Question], records: list[dict]) -> dict[str, float]:
@@ -300,25 +420,42 @@ def part_scores(asked: list[Question], records: list[dict]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def classify(evaluator: Evaluator, name: str, asked: list[Question]) -> list[dict]:
-    """The class with the highest score; with a single class its score, which is a number."""
+def classify(evaluator: Evaluator, name: str, asked: list[Question], known: Answers,
+             finished: Finished) -> Answers:
+    """The scores of the classes. A batch of which anything is unknown is scored as a whole, so that
+    an interruption changes no bit."""
     model, tokenizer = evaluator.model, evaluator.tokenizer
     examples = []
     for q in asked:
         ids, _ = tokenizer.encode_texts(q.prompt, model.config.longest)
         examples.append(data.Example(ids, len(ids), 0))
-    records: list[dict] = [{} for _ in asked]
-    batches = data.batches_by_length(range(len(asked)), lambda i: len(examples[i].ids),
-                                     4 * evaluator.batch_size)
+    said: Answers = {}
+    batches = [batch for batch in data.batches_by_length(
+        range(len(asked)), lambda i: len(examples[i].ids), 4 * evaluator.batch_size)
+        if not known.keys() >= set(batch)]
     with M.evaluating(model):
         for batch in tqdm(batches, desc=name, leave=False, disable=None):
             inputs = data.collate([examples[i] for i in batch], M.embedding(model).device)
             scores = model(inputs["input_ids"], inputs["attention_mask"]).float()
-            found = scores[:, 0] if scores.shape[1] == 1 else scores.argmax(-1)
-            for i, predicted, row in zip(batch, found.tolist(), scores.tolist(), strict=True):
-                records[i] = {"prompt": asked[i].prompt, "scores": row, "predicted": predicted,
-                              "gold": asked[i].gold, "correct": predicted == asked[i].gold}
-    return records
+            for i, row in zip(batch, scores.tolist(), strict=True):
+                said[i] = {"scores": row}
+                finished(i, said[i])
+    return said
+
+
+def judge_class(row: Benchmark, q: Question, said: dict, scoring: str) -> dict:
+    """The class with the highest score; of a single class its score, which is a number."""
+    scores = said["scores"]
+    predicted = scores[0] if len(scores) == 1 else scores.index(max(scores))
+    return {"prompt": q.prompt, "scores": scores, "predicted": predicted, "gold": q.gold,
+            "correct": predicted == q.gold}
+
+
+def class_memory(evaluator: Evaluator, row: Benchmark, asked: list[Question]) -> float:
+    """Bytes for each question in work: four are one batch."""
+    config = evaluator.model.config
+    tokens = min(config.longest, evaluator.longest([" ".join(q.prompt) for q in asked]))
+    return 4 * plan.question_memory(config, evaluator.itemsize, tokens, 0)
 
 
 def validator(model: M.Model, tokenizer: checkpoint.Tokenizer, asked: dict[str, list[Question]]
@@ -363,7 +500,101 @@ def best_and_last(epochs: list[dict[str, float | None]]) -> Iterable[str]:
                    f"{scores.index(best) + 1} of {len(scores)}, chosen on the set it is scored on)")
 
 
-PROTOCOLS = {"complete": complete, "greedy_match": greedy_match, "classify": classify}
+class Protocol(NamedTuple):
+    """How a model is asked, and what becomes of what it says."""
+
+    answer: Callable[[Evaluator, str, list[Question], Answers, Finished], Answers]
+    judge: Callable[[Benchmark, Question, dict, str], dict]  # what it said and --scoring: a record
+    memory: Callable[[Evaluator, Benchmark, list[Question]], float]  # bytes for each question
+    said: dict[str, type]  # what it says, as it stands in a record
+
+
+PROTOCOLS = {
+    "complete": Protocol(complete, judge_output, generation_memory, {"output": str}),
+    "greedy_match": Protocol(greedy_match, judge_matches, matching_memory, {"matched": list}),
+    "classify": Protocol(classify, judge_class, class_memory, {"scores": list}),
+}
+
+# --------------------------------------------------------------------------- files of answers
+
+
+@contextmanager
+def kept_answers(path: Path, settings: dict[str, Any], batch_size: int
+                 ) -> Iterator[tuple[Answers, Finished, int]]:
+    """(what was answered before an interruption, where to put each new answer, the batch size at
+    first, on which the last bits of a classifier's scores depend).
+
+    The first line of the file names what the outputs depend on; a file of other `settings` starts
+    anew. An answer is a line that is written at once, so that a killed process loses at most the
+    questions that it was at. A line that was not written to its end is cut off.
+    """
+    known, whole, size = read_answers(path, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.truncate(whole)
+
+        def keep(i: int, said: dict) -> None:
+            file.write(json.dumps({"id": i} | said).encode() + b"\n")
+            file.flush()
+
+        if not whole:
+            size = batch_size
+            file.write(json.dumps({"batch_size": size} | settings).encode() + b"\n")
+            file.flush()
+        yield known, keep, size
+
+
+def read_answers(path: Path, settings: dict[str, Any]) -> tuple[Answers, int, int]:
+    """The answers in the whole lines of such a file, how many bytes these are, and the batch size;
+    none of other settings."""
+    known: Answers = {}
+    whole = size = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            said = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        if whole:
+            known[said.pop("id")] = said
+        else:
+            size = said.pop("batch_size")
+            if json.dumps(said) != json.dumps(settings):
+                break
+        whole += len(line)
+    return known, whole, size
+
+
+def write_records(out: Path, name: str, records: list[dict]) -> None:
+    """eval/BENCHMARK.jsonl, and for EvalPlus the programs."""
+    with checkpoint.atomic(out / "eval" / f"{name}.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps({"id": i} | r) + "\n"
+                                     for i, r in enumerate(records)))
+    if BENCHMARKS[name].program:
+        with checkpoint.atomic(out / "eval" / f"{name}-samples.jsonl") as temporary:
+            temporary.write_text(samples(records))
+
+
+def read_records(run: Path, name: str, found: dict[str, Any]) -> tuple[list[Question], list[dict]]:
+    """The questions of eval/BENCHMARK.jsonl, and the records; `found` is what results.json says of
+    them. UserError for a file that is incomplete, or of other questions."""
+    path = run / "eval" / f"{name}.jsonl"
+    rows, said = data.read_rows(str(path)), PROTOCOLS[BENCHMARKS[name].protocol].said
+    if [row.fields.get("id") for row in rows] != list(range(found["n"])):
+        raise UserError(f"{path}: holds {len(rows)} records, and not the {found['n']} of "
+                        "results.json in their order; evaluate again")
+    for row in rows:
+        missing = {"prompt", "gold", "correct"} - row.fields.keys()
+        if missing:
+            raise UserError(f"{row.where}: no {min(missing)!r}, so this is no record of eval.py")
+        for key, kind in said.items():
+            row.get([key], kind, may_be_empty=True)
+    asked = [Question(r.fields["prompt"], r.fields["gold"], r.fields.get("part")) for r in rows]
+    if found.get("questions") not in (None, hash_of(asked)):
+        raise UserError(f"{path}: holds other questions than results.json; evaluate again")
+    return asked, [row.fields for row in rows]
+
 
 # --------------------------------------------------------------------------------------- results
 
@@ -626,6 +857,26 @@ def mean_parts(results: dict) -> dict[str, float]:
     return {part: sum(s) / len(s) for part, s in scores.items()}
 
 
+def mean_loss_in(results: dict, key: str) -> float | None:
+    """Mean of the benchmarks' answer_loss or known_loss; None where none has any."""
+    losses = [b[key] for b in results["benchmarks"].values() if b.get(key) is not None]
+    return sum(losses) / len(losses) if losses else None
+
+
+def forgetting(results: dict, base: str | Path | None) -> Iterable[str]:
+    """What the right answers to the knowledge questions cost before and after fine-tuning."""
+    if not base or base == "paper":
+        return
+    before = read_results(base)["benchmarks"]
+    both = [b for b, found in results["benchmarks"].items()
+            if None not in (found.get("known_loss"), before.get(b, {}).get("known_loss"))]
+    if both:
+        was, now = (sum(r[b]["known_loss"] for b in both) / len(both)
+                    for r in (before, results["benchmarks"]))
+        yield (f"right answers to {', '.join(both)}: {was:.4f} nats a token before fine-tuning, "
+               f"{now:.4f} after")
+
+
 def shown(value: float | None) -> str:
     return "undefined" if value is None or math.isnan(value) else f"{value:.2f}"
 
@@ -635,18 +886,17 @@ def table(runs: list[dict]) -> Iterable[str]:
     scores = [scores_in(r) for r in runs]
     names = list(dict.fromkeys(c for found in scores for c in found))
     apart = list(dict.fromkeys(part for r in runs for part in mean_parts(r)))
-    has_loss = any("answer_loss" in b for r in runs for b in r["benchmarks"].values())
-    columns = [*names, *apart, *(["answer loss"] if has_loss else []), "Avg", "K", "T", "KT"]
+    losses = [key for key in ("answer_loss", "known_loss")
+              if any(key in b for r in runs for b in r["benchmarks"].values())]
+    columns = [*names, *apart, *(key.replace("_", " ") for key in losses), "Avg", "K", "T", "KT"]
     width = {c: max(len(c), 9) + 2 for c in columns}
     yield f"{'method':10}{'trainable':>11}" + "".join(f"{c:>{width[c]}}" for c in columns)
     for r, found in zip(runs, scores, strict=True):
         cells = [shown(found[c]) if c in found else "-" for c in names]
         means = mean_parts(r)
         cells += [f"{means[part]:.2f}" if part in means else "-" for part in apart]
-        if has_loss:
-            loss = next((b["answer_loss"] for b in r["benchmarks"].values()
-                         if "answer_loss" in b), None)
-            cells.append("-" if loss is None else f"{loss:.4f}")
+        means_of = [mean_loss_in(r, key) for key in losses]
+        cells += ["-" if loss is None else f"{loss:.4f}" for loss in means_of]
         cells += [shown(r["summary"][k]) if k in r["summary"] else "-"
                   for k in ("Avg", "K", "T", "KT")]
         count = f"{r['trainable'] / 1e6:.2f}M" if r.get("trainable") else "-"
@@ -655,6 +905,19 @@ def table(runs: list[dict]) -> Iterable[str]:
 
 
 # ------------------------------------------------------------------------------------------ main
+
+
+OF_THE_MODEL = ("task", "data", "limit", "batch_size", "max_new_tokens", "bos", "base", "dtype",
+                "device", "text")  # options that --rescore has no use for
+
+
+def batch_size(text: str) -> int | None:
+    """--batch-size: a number, or None for auto."""
+    if text == "auto":
+        return None
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError("must be auto or at least 1")
 
 
 def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -666,19 +929,22 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         "benchmarks, and for a classifier which classes (default: the model's)")
     parser.add_argument("--benchmarks", help="of " + ",".join(BENCHMARKS) + " (default: those of "
                         "the run's task)")
+    parser.add_argument("--suite", help="the benchmarks of groups, of " + ", ".join(SUITES))
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=FILE", help="local files "
                         "or folders, for example --data gsm8k=test.jsonl (default: beside the "
                         "run's training data, else from the hub)")
     parser.add_argument("--limit", type=int, help="only the first questions of each benchmark")
-    parser.add_argument("--batch-size", type=int, default=16, help="default %(default)s")
+    parser.add_argument("--batch-size", type=batch_size, metavar="N|auto", help="questions at a "
+                        "time, halved when memory runs out; they change no answer (default auto: "
+                        f"what the free memory has room for, at most {MOST})")
     parser.add_argument("--max-new-tokens", type=int, help="instead of the protocol's own "
                         "(gsm8k 1024, math 2048, nq_open 256)")
     parser.add_argument("--bos", choices=("harness", "always", "never"), default="harness",
                         help="BOS before knowledge questions; harness: none, as lm_eval "
                         "(but on Gemma); default %(default)s")
-    parser.add_argument("--scoring", choices=("strict", "official"), default="strict",
+    parser.add_argument("--scoring", choices=("strict", "official"),
                         help="gsm8k: exact numbers, math: the same normal form; or the "
-                        "official code's lenient rules; default %(default)s")
+                        "official code's lenient rules (default strict; with --rescore as before)")
     parser.add_argument("--allow-code-execution", action="store_true", help="run the programs that "
                         "the model wrote (humaneval, mbpp), in sandbox.py, which is no security "
                         "boundary: for a model that you do not trust do it in a container or a VM")
@@ -695,19 +961,29 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, metavar="FILE", help="also the mean loss of this "
                         "text, which the model knew before")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
+    parser.add_argument("--rescore", type=Path, metavar="RUN", help="judge the kept outputs of an "
+                        "evaluated run again, without the model; with --out the old verdicts stay")
     parser.add_argument("--table", nargs="+", metavar="RUN", help="print a table of finished "
                         "results and stop")
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw finished runs "
                         "(K against T, forgetting on the way, ranks, spectra, loss) and stop; "
                         "pictures of several runs go into --out")
     args = parser.parse_args(argv)
-    if [args.target, args.table, args.plot].count(None) != 2:
-        parser.error("give one run or model, --table RUN ... or --plot RUN ...")
-    for name in ("limit", "batch_size", "max_new_tokens"):
+    if [args.target, args.rescore, args.table, args.plot].count(None) != 3:
+        parser.error("give one run or model, --rescore RUN, --table RUN ... or --plot RUN ...")
+    for name in ("limit", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    args.benchmarks = args.benchmarks.split(",") if args.benchmarks else None
-    unknown = [b for b in args.benchmarks or [] if b not in BENCHMARKS]
+    for name in OF_THE_MODEL if args.rescore else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} asks the model, and --rescore does not")
+    suites = args.suite.split(",") if args.suite else []
+    unknown = [suite for suite in suites if suite not in SUITES]
+    if unknown:
+        parser.error(f"--suite {unknown[0]}: there are {', '.join(SUITES)}")
+    args.benchmarks = args.benchmarks.split(",") if args.benchmarks else []
+    args.benchmarks += [b for suite in suites for b in SUITES[suite] if b not in args.benchmarks]
+    unknown = [b for b in args.benchmarks if b not in BENCHMARKS]
     if unknown:
         parser.error(f"--benchmarks {unknown[0]}: there are {', '.join(BENCHMARKS)}")
     args.data = dict(item.partition("=")[::2] for item in args.data)
@@ -733,36 +1009,53 @@ def rows_of(benchmark: str, s: Settings | None, named: str | None = None) -> lis
                                           BENCHMARKS[benchmark].source))
 
 
-def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: list[Question]
-                  ) -> tuple[dict[str, Any], list[dict]]:
-    """(what results.json says of the benchmark, one record per question); prints it in a line."""
-    began, row = time.perf_counter(), BENCHMARKS[name]
-    records = evaluator.ask(name, asked)
+FROM_RECORDS = ("n", "score", "scores", "correct", "parts")  # in results.json
+
+
+def verdicts(name: str, asked: list[Question], records: list[dict]) -> dict[str, Any]:
+    """What results.json says of a benchmark that follows from its records."""
+    row, found = BENCHMARKS[name], dict[str, Any](n=len(records))
     judged = records[0]["correct"] is not None
-    found: dict[str, Any] = {"n": len(records)}
     if row.columns:
         found["scores"] = column_scores(name, records)
     else:
         found["score"] = score_of(name, records) if judged else None
     if judged and row.metric is accuracy and not row.columns:
         found["correct"] = sum(r["correct"] for r in records)
+    parts = part_scores(asked, records)
+    return found | ({"parts": parts} if parts else {})
+
+
+def run_benchmark(evaluator: Evaluator, name: str, rows: list[data.Row], asked: list[Question],
+                  known: Answers | None = None, finished: Finished = nobody
+                  ) -> tuple[dict[str, Any], list[dict]]:
+    """(what results.json says of the benchmark, one record per question); prints it in a line."""
+    began, row = time.perf_counter(), BENCHMARKS[name]
+    records = evaluator.ask(name, asked, known, finished)
+    found = verdicts(name, asked, records)
     if row.loss_under:
         found["answer_loss"] = evaluator.answer_loss(rows, row.loss_under)
-    parts = part_scores(asked, records)
-    found |= {"parts": parts} if parts else {}
+    if row.group in KNOWLEDGE:
+        found["known_loss"] = evaluator.known_loss(name, asked)
     found["seconds"] = round(time.perf_counter() - began, 1)
+    found["batch_size"] = evaluator.batch_size
+    print(f"{in_words(name, found)} ({found['seconds']:.0f} s, {evaluator.batch_size} at a time)")
+    return found, records
+
+
+def in_words(name: str, found: dict[str, Any]) -> str:
+    """What results.json says of a benchmark, in a line."""
     what = (", ".join(f"{c} {shown(v)}" for c, v in found["scores"].items())
             + f" over {found['n']}" if "scores" in found else
-            f"{found['n']} programs, not executed: --allow-code-execution runs them, or give eval/"
-            f"{name}-samples.jsonl to EvalPlus" if not judged else
             f"{found['correct']} of {found['n']} right" if "correct" in found else
+            f"{found['n']} programs, not executed: --allow-code-execution runs them, or give eval/"
+            f"{name}-samples.jsonl to EvalPlus" if BENCHMARKS[name].program else
             f"undefined over {found['n']}" if found["score"] is None else
-            f"{row.about} {found['score']:.2f} over {found['n']}")
-    print(f"{name:8} {what}"
-          + (f", answer loss {found['answer_loss']:.4f}" if found.get("answer_loss") else "")
-          + "".join(f", {part} {score:.1f} %" for part, score in parts.items())
-          + f" ({found['seconds']:.0f} s)")
-    return found, records
+            f"{BENCHMARKS[name].about} {found['score']:.2f} over {found['n']}")
+    return (f"{name:8} {what}"
+            + (f", answer loss {found['answer_loss']:.4f}" if found.get("answer_loss") else "")
+            + (f", known loss {found['known_loss']:.4f}" if found.get("known_loss") else "")
+            + "".join(f", {part} {score:.1f} %" for part, score in found.get("parts", {}).items()))
 
 
 def plot(runs: list[Path], out: Path) -> Iterable[Path]:
@@ -803,6 +1096,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         print("\n".join(table([read_results(run) for run in args.table])))
         return
+    if args.rescore:
+        rescore(args)
+        return
     if args.plot:
         for path in plot(args.plot, args.out or Path("runs") / "plots"):
             print(path)
@@ -814,23 +1110,12 @@ def main(argv: list[str] | None = None) -> None:
     about["task"] = args.task or about["task"]
     check_task(target)
     task = data.TASKS[task_of(about)]
-    for b in args.benchmarks or ():  # a classifier has one task's classes, and generates nothing
+    for b in args.benchmarks:  # a classifier has one task's classes, and generates nothing
         if (task.classes or BENCHMARKS[b].protocol == "classify") and (
                 BENCHMARKS[b].group != task.group):
             raise UserError(f"--benchmarks {b}: {args.target} is for {task_of(about)}, whose are "
                             + ", ".join(of_task(task_of(about))))
-    # A run is compared with its base model's results where they are.
-    base, full = args.base_results, args.full_results
-    if not target.is_bare:
-        stored = preset(name_of(about), task_of(about))
-        own = Path("runs") / f"{model_name(about['model'])}-base" / "results.json"
-        base = base or next((p for p in (own, stored.base_results) if p and p.exists()), None)
-        full = full or next((p for p in (stored.full_results,) if p and p.exists()), None)
-    for source in (base, full):  # refuse what is not there before the long work
-        if source == "paper":
-            paper_row(about)
-        elif source:
-            read_results(source)
+    base, full = references(args, about)
     text = data.read_text(args.text) if args.text else ""
     rows = {b: rows_of(b, target.settings, args.data.get(b))[: args.limit]
             for b in args.benchmarks or of_task(task_of(about))}
@@ -842,29 +1127,36 @@ def main(argv: list[str] | None = None) -> None:
     model = load_target(target, args.dtype, args.device)
     out = args.out or target.home
     tokenizer = checkpoint.Tokenizer(target.folder, model.config)
-    evaluator = Evaluator(model, tokenizer, args.batch_size, args.max_new_tokens, args.bos,
-                          args.scoring, args.allow_code_execution)
+    scoring = args.scoring or "strict"
+    evaluator = Evaluator(model, tokenizer, 1, args.max_new_tokens, args.bos, scoring,
+                          args.allow_code_execution)
     results = about | {"benchmarks": {}, "dtype": str(M.embedding(model).dtype),
-                       "batch_size": args.batch_size} | provenance()
+                       "batch_size": args.batch_size or "auto"} | provenance()
     results["benchmarks"] = kept_benchmarks(out, results, list(rows))
     epochs = epoch_scores(target.run) if target.run else []
     results |= {"epochs": epochs} if epochs else {}
+    partial = {b: out / "eval" / f"{b}.partial.jsonl" for b in rows}
     for benchmark in rows:
-        found, records = run_benchmark(evaluator, benchmark, rows[benchmark], asked[benchmark])
+        here = asked[benchmark]
         settings = {"bos": args.bos, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
-                    "scoring": args.scoring if BENCHMARKS[benchmark].official else None,
-                    "questions": hash_of(asked[benchmark])}
+                    "scoring": scoring if BENCHMARKS[benchmark].official else None,
+                    "questions": hash_of(here)}
+        evaluator.batch_size = args.batch_size or evaluator.room(benchmark, here)
+        with kept_answers(partial[benchmark], outputs_depend_on(
+                target, evaluator, benchmark, settings["questions"]), evaluator.batch_size
+                ) as (known, finished, size):
+            if known:
+                print(f"{benchmark}: {len(known)} of {len(here)} answered before")
+                evaluator.batch_size = args.batch_size or size
+            found, records = run_benchmark(evaluator, benchmark, rows[benchmark], here, known,
+                                           finished)
         results["benchmarks"][benchmark] = found | settings
-        (out / "eval").mkdir(parents=True, exist_ok=True)
-        with checkpoint.atomic(out / "eval" / f"{benchmark}.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps({"id": i} | r) + "\n"
-                                         for i, r in enumerate(records)))
-        if BENCHMARKS[benchmark].program:
-            with checkpoint.atomic(out / "eval" / f"{benchmark}-samples.jsonl") as temporary:
-                temporary.write_text(samples(records))
+        write_records(out, benchmark, records)
         # After each, and without references: neither Ctrl-C nor one that does not fit costs it.
         results["summary"] = summarise(results, None, None)
         checkpoint.save_json(out / "results.json", results)
+    for path in partial.values():  # until all is done, for an interrupted command asks them all
+        path.unlink()
     for sentence in best_and_last(epochs):
         print(sentence)
     if args.text:
@@ -874,18 +1166,94 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.text}: {loss} nats a token" if loss is None else
               f"{args.text}: {loss:.4f} nats a token")
         checkpoint.save_json(out / "results.json", results)
+    conclude(args, out, results, base, full)
+
+
+def conclude(args: argparse.Namespace, out: Path, results: dict, base: str | Path | None,
+             full: str | Path | None) -> None:
+    """K, T and KT into results.json, and the table."""
     try:
         results["summary"] = summarise(results, base, full)
         checkpoint.save_json(out / "results.json", results)
+        for sentence in forgetting(results, base):
+            print(sentence)
     except UserError as error:
         if args.base_results or args.full_results:
             raise
         print(f"no K and T: {error}")
-    for name, group in (("K", data.TASKS[task_of(about)].knowledge),
-                        ("T", data.TASKS[task_of(about)].group)):
+    for name, group in (("K", data.TASKS[task_of(results)].knowledge),
+                        ("T", data.TASKS[task_of(results)].group)):
         if name in results["summary"]:
             print(f"{name} is over " + ", ".join(of_group(results["benchmarks"], group)))
     print("\n".join(table([results])))
+
+
+def references(args: argparse.Namespace, about: dict
+               ) -> tuple[str | Path | None, str | Path | None]:
+    """Where the scores before fine-tuning and those of full fine-tuning are: as named; else of
+    what was trained its base model's results and the stored ones. UserError for what is not there.
+    """
+    base, full = args.base_results, args.full_results
+    if about["method"] != "base":
+        stored = preset(name_of(about), task_of(about))
+        own = Path("runs") / f"{model_name(about['model'])}-base" / "results.json"
+        base = base or next((p for p in (own, stored.base_results) if p and p.exists()), None)
+        full = full or next((p for p in (stored.full_results,) if p and p.exists()), None)
+    for source in (base, full):  # refuse what is not there before the long work
+        if source == "paper":
+            paper_row(about)
+        elif source:
+            read_results(source)
+    return base, full
+
+
+def outputs_depend_on(target: Target, evaluator: Evaluator, name: str, asked: str) -> dict:
+    """What a kept answer must agree with to be of use; not the size of the batches, since no answer
+    depends on it, nor the judge."""
+    row, model = BENCHMARKS[name], evaluator.model
+    adapter = target.adapter and export.peft_config(target.adapter)
+    return {
+        "benchmark": name, "questions": asked,
+        **{key: target.about[key] for key in ("base_fingerprint", "weights", "method")},
+        "settings": target.about.get("settings"), "peft": adapter,
+        "tokenizer": hash_of_file(target.folder / "tokenizer.json"),
+        "dtype": str(M.embedding(model).dtype), "device": M.embedding(model).device.type,
+        "torch": torch.__version__, "bos": evaluator.with_bos(row), "stops": list(row.stops),
+        "max_new_tokens": evaluator.max_new_tokens or row.new_tokens}
+
+
+def rescore(args: argparse.Namespace) -> None:
+    """--rescore: verdicts, scores and summary anew from the kept records. Where an answer cannot be
+    judged now (programs that are not to be run, checkers that are not installed) its verdict stays.
+    """
+    results = read_results(args.rescore)
+    names = args.benchmarks or list(results["benchmarks"])
+    missing = [b for b in names if b not in results["benchmarks"] or b not in BENCHMARKS]
+    if missing:
+        raise UserError(f"{args.rescore}: its results.json has no {missing[0]}")
+    base, full = references(args, results)
+    stored = {b: read_records(args.rescore, b, results["benchmarks"][b]) for b in names}
+    if args.allow_code_execution and any(BENCHMARKS[b].program for b in names):
+        check_sandbox()
+    out = args.out or args.rescore
+    (out / "eval").mkdir(parents=True, exist_ok=True)
+    results["rescored"] = provenance()["commit"]
+    for name, (asked, before) in stored.items():
+        found, rule = results["benchmarks"][name], None
+        if BENCHMARKS[name].official:
+            rule = args.scoring or found.get("scoring") or "strict"
+        records = judged(name, asked, before, rule or "strict", args.allow_code_execution)
+        for record, old in zip(records, before, strict=True):
+            if record["correct"] is None and record["extracted"] == old.get("extracted"):
+                record |= {key: old[key] for key in ("correct", "why") if key in old}
+        changed = sum(a["correct"] != b["correct"] for a, b in zip(records, before, strict=True))
+        rest = {k: v for k, v in found.items() if k not in FROM_RECORDS}
+        results["benchmarks"][name] = verdicts(name, asked, records) | rest | {"scoring": rule}
+        print(f"{in_words(name, results['benchmarks'][name])}; verdicts changed: {changed}")
+        write_records(out, name, records)
+        results["summary"] = summarise(results, None, None)
+        checkpoint.save_json(out / "results.json", results)
+    conclude(args, out, results, base, full)
 
 
 if __name__ == "__main__":

@@ -278,6 +278,18 @@ def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: 
     return sizes[-1], checks[-1]
 
 
+def question_memory(config: Config, itemsize: int, tokens: float, scored: float, cached: float = 0
+                    ) -> float:
+    """Estimated bytes that a question of so many tokens takes while it is answered, in numbers of
+    `itemsize` bytes: keys and values of `cached` tokens in all blocks, one block's activations
+    with the attention's scores, and the logits of `scored` tokens, in fp32, too."""
+    kv = config.num_key_value_heads * config.head_dim
+    activations = tokens * (10 * config.hidden_size + 4 * config.intermediate_size)
+    scores = config.num_attention_heads * tokens * max(tokens, cached)
+    return (itemsize * (2 * config.num_hidden_layers * kv * cached + activations + scores)
+            + (itemsize + 4) * scored * config.vocab_size)
+
+
 def device_memory(device: str | None) -> float:
     """Free bytes on the device; without one (a plan), the paper's 80 GB GPU."""
     return 80e9 if device is None else checkpoint.free_memory(device)

@@ -548,6 +548,12 @@ def check(s: Settings, config: Config) -> None:
         raise UserError(str(error)) from None
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch had no memory; on a CPU its words alone say so."""
+    return (isinstance(error, torch.OutOfMemoryError)
+            or "alloc" in "".join(str(error).splitlines()[:1]))
+
+
 def run_main(main: Callable[[], None], with_less_memory: str = "") -> None:
     """Call a script's main: bad input ends as one line and exit 2, a full disk or exhausted
     memory (with what to try) as one line and exit 1, Ctrl-C as 130."""
@@ -558,10 +564,10 @@ def run_main(main: Callable[[], None], with_less_memory: str = "") -> None:
         main()
     except UserError as error:
         fail(str(error))
-    except RuntimeError as error:  # torch's OutOfMemoryError is one
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise  # a bug
         line = str(error).splitlines()[0] if str(error) else ""
-        if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in line:
-            raise  # a bug, not a full memory
         fail(f"out of memory ({line})" + (with_less_memory and f"; {with_less_memory}"), code=1)
     except OSError as error:
         fail(str(error), code=1)

@@ -32,6 +32,8 @@ GSM8K = [
     ("3 / 4", "3", True, False),  # official reads the 3 only
     ("3/0", "3", True, False),
     ("2/00", "2", True, False),  # official: ZeroDivisionError; here its numerator
+    ("x/2", "3", False, False),  # official: no number, for nothing stands before the /
+    ("-/0", "0", False, True),
     ("7000", "70", True, False),  # official: 100 times too large is right
     ("1", "100", True, False),
     ("70001", "70000", True, False),  # official: 0.01 % off is right

@@ -177,7 +177,7 @@ def test_awkward_outputs_are_judged(scripted, monkeypatch):
     run_all = sandbox.run_all
     monkeypatch.setattr(sandbox, "run_all", lambda programs, **kw: run_all(programs, fast, **kw))
     evaluator.execute = True
-    records = E.complete(evaluator, "humaneval", questions)
+    records = evaluator.ask("humaneval", questions)
     assert [r["correct"] for r in records] == list(OUTPUTS.values())
     assert records[9]["why"] == "timed out after 5 s" and records[0]["why"] == "passed"
     assert all(ids[0] == 256 for ids in prompts)  # BOS, as in training
@@ -187,7 +187,7 @@ def test_awkward_outputs_are_judged(scripted, monkeypatch):
 def test_nothing_is_executed_without_leave(scripted, monkeypatch, capsys):
     evaluator, questions, _ = scripted
     monkeypatch.setattr(sandbox, "run_all", None)
-    records = E.complete(evaluator, "humaneval", questions)
+    records = evaluator.ask("humaneval", questions)
     assert {r["correct"] for r in records} == {None}
     lines = [json.loads(line) for line in E.samples(records).splitlines()]
     assert [line["task_id"] for line in lines] == [f"HumanEval/{i}" for i in range(len(OUTPUTS))]

@@ -439,7 +439,8 @@ def test_a_second_evaluation_keeps_the_other_benchmarks(world, monkeypatch, caps
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(E.PROTOCOLS, "greedy_match", interrupt)
+        patch.setitem(E.PROTOCOLS, "greedy_match",
+                      E.PROTOCOLS["greedy_match"]._replace(answer=interrupt))
         with pytest.raises(KeyboardInterrupt):
             E.main(all_three)
     assert counts() == {"gsm8k": 8, "nq_open": 2}

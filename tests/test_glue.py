@@ -303,16 +303,16 @@ def test_scores_of_a_text_do_not_depend_on_its_batch(home):
         model = C.load(home / "model", device="cpu", labels=classes, seed=3)
         asked = [E.Question([text], 1) for text in ("a dull plot", "vivid", "moving " * 600)]
         evaluator = E.Evaluator(model.train(), C.Tokenizer(home / "model", model.config))
-        together = E.classify(evaluator, "sst2", asked)
+        together = evaluator.ask("sst2", asked)
         assert model.training
         for q, record in zip(asked, together, strict=True):
-            alone = E.classify(evaluator, "sst2", [q])[0]
+            alone = evaluator.ask("sst2", [q])[0]
             assert record["scores"] == pytest.approx(alone["scores"], abs=1e-6)
             assert len(record["scores"]) == len(classes) and record["prompt"] == q.prompt
             best = max(range(len(classes)), key=lambda i, s=record["scores"]: s[i])
             assert record["predicted"] == (record["scores"][0] if len(classes) == 1 else best)
     gold = [E.Question(["vivid"], label) for label in (0.0, 5.0, -5.0)]
-    assert not any(r["correct"] for r in E.classify(evaluator, "stsb", gold))
+    assert not any(r["correct"] for r in evaluator.ask("stsb", gold))
 
 
 def test_questions_are_beside_the_training_data_of_the_same_task_alone(tmp_path):
