@@ -16,6 +16,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ import data
 import export
 import figures
 import model as M
+import parallel
 from baselines import METHODS
 from benchmarks import (
     BENCHMARKS,
@@ -146,8 +148,10 @@ class Evaluator:
     execute: bool = False  # run programs that the model wrote, where that is the judge
 
     def ask(self, name: str, asked: list[Question]) -> list[dict]:
-        """One record per question: prompt, gold, verdict, and what led to it."""
-        return PROTOCOLS[BENCHMARKS[name].protocol](self, name, asked)
+        """One record per question: prompt, gold, verdict, and what led to it. Several processes
+        ask a part of the questions each, and all have all records."""
+        protocol = PROTOCOLS[BENCHMARKS[name].protocol]
+        return parallel.gather(protocol(self, name, parallel.shard(asked)))
 
     def with_bos(self, row: Benchmark) -> bool:
         """Whether BOS goes in front: as the benchmark, the option and lm_eval's rule say."""
@@ -193,12 +197,15 @@ class Evaluator:
 @torch.inference_mode()
 def mean_loss(model: M.Model, examples: list[data.Example], desc: str = "loss") -> float | None:
     """Mean loss in nats per labelled token; None without any, and where it is not finite."""
-    total, count = 0.0, 0
+    found = []
     with M.evaluating(model):
-        for batch in tqdm(data.batches_by_length(examples, lambda e: len(e.ids), 8), desc=desc,
-                          leave=False, disable=None):
-            nll, n = model.loss(**data.collate(batch, M.embedding(model).device))
-            total, count = total + nll.item(), count + n
+        for batch in tqdm(parallel.shard(data.batches_by_length(examples, lambda e: len(e.ids), 8)),
+                          desc=desc, leave=False, disable=None):
+            loss, labelled = model.loss(**data.collate(batch, M.embedding(model).device))
+            found.append((loss.item(), labelled))
+    total, count = 0.0, 0
+    for nll, n in parallel.gather(found):  # in their order, whoever made them
+        total, count = total + nll, count + n
     return total / count if count and math.isfinite(total) else None
 
 
@@ -237,7 +244,8 @@ def execute(program: Callable[[str, dict], str], records: list[dict], desc: str)
 
     programs = [program(r["extracted"], r["gold"]) for r in records]
     try:
-        outcomes = sandbox.run_all(programs, progress=lambda each: tqdm(
+        jobs = max(1, (os.cpu_count() or 1) // parallel.size())
+        outcomes = sandbox.run_all(programs, jobs=jobs, progress=lambda each: tqdm(
             each, desc=f"{desc}, tests", total=len(programs), leave=False, disable=None))
     except OSError as error:  # what the model wrote took longer than what is lost here
         print(f"{desc}: {error}")
@@ -807,6 +815,7 @@ def main(argv: list[str] | None = None) -> None:
         for path in plot(args.plot, args.out or Path("runs") / "plots"):
             print(path)
         return
+    parallel.check(args.device)
     target = find_target(args.target, args.base)
     about = target.about
     if args.task and target.run:
@@ -855,6 +864,8 @@ def main(argv: list[str] | None = None) -> None:
                     "scoring": args.scoring if BENCHMARKS[benchmark].official else None,
                     "questions": hash_of(asked[benchmark])}
         results["benchmarks"][benchmark] = found | settings
+        if not parallel.first():
+            continue
         (out / "eval").mkdir(parents=True, exist_ok=True)
         with checkpoint.atomic(out / "eval" / f"{benchmark}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps({"id": i} | r) + "\n"
@@ -867,8 +878,10 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.save_json(out / "results.json", results)
     for sentence in best_and_last(epochs):
         print(sentence)
+    loss = evaluator.text_loss(text) if args.text else None
+    if not parallel.first():
+        return
     if args.text:
-        loss = evaluator.text_loss(text)
         results["text"] = {"file": args.text.name, "loss": loss,
                            "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
         print(f"{args.text}: {loss} nats a token" if loss is None else
@@ -889,4 +902,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "try a smaller --batch-size")
+    run_main(parallel.together(main), "try a smaller --batch-size")

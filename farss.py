@@ -50,6 +50,7 @@ Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each (b, t), pad
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer: (Σ_h, Σ_δ), or (λ, γ)
 Directions = tuple[Tensor, Tensor]  # U (m, k), Vh (k, n)
 Loss = Callable[[Any, Batch], Tensor]  # of a model and a batch; a scalar
+Reduce = Callable[[Tensor], Tensor]  # a sum over batches, made that of all processes
 
 # ------------------------------------------------ section 3.2: Kronecker factors of the Fisher
 
@@ -103,6 +104,13 @@ class FactorSums:
             add_squares(self.dd, name, real @ self.along[name][0])
         else:
             add_outer(self.dd, name, real)
+
+    def reduce(self, total: Reduce) -> None:
+        """Make each sum that over all processes, each of which has seen other batches."""
+        for sums in (self.hh, self.dd, self.norm, self.first):
+            for name, each in sums.items():
+                sums[name] = total(each)
+        self.tokens = int(total(torch.tensor(self.tokens)))
 
     def factors(self) -> Factors:
         """{name: (Σ_h, Σ_δ) or, of a layer in `along`, (λ, γ)}: the sums divided, in place, by the
@@ -277,8 +285,8 @@ def quiet(items: Iterable, **_: Any) -> Iterable:
 
 def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = summed_loss,
           keep_on: torch.device | str | None = None, progress: Callable[..., Iterable] = quiet,
-          along: Callable[[str], Directions | None] = lambda name: None
-          ) -> Iterator[tuple[Factors, dict[str, float]]]:
+          along: Callable[[str], Directions | None] = lambda name: None,
+          reduce: Reduce = lambda x: x) -> Iterator[tuple[Factors, dict[str, float]]]:
     """kfac_factors block by block, from the last to the first, in the memory of one block.
 
     As activation checkpointing does it: a forward pass without a graph keeps what goes into each
@@ -286,7 +294,8 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     runs alone from its kept input and backward from the gradient that the block above handed
     down. Two forward passes (the last block: one) and one backward in all, whatever the number of
     blocks. `along`, asked of each layer before its block runs, gives its singular vectors U and Vh
-    where λ and γ are all that is wanted of it.
+    where λ and γ are all that is wanted of it. `reduce` sums over processes, where each has a part
+    of the batches.
 
     Yields for each block ({name: (Σ_h, Σ_δ) or (λ, γ)}, {name: share of the first tokens in
     Tr Σ_h}); what the caller pops from the first dict and drops is freed before the next block
@@ -303,7 +312,7 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     for i in progress(range(len(model.blocks) - 1, lowest - 1, -1), desc="K-FAC by block"):
         # Not kept in a name here: that would hold the factors while the next block runs.
         yield run_block(model, i, by_block.get(i, []), batches, contexts, inputs.pop(), gradients,
-                        loss, i == lowest, keep_on, along)
+                        loss, i == lowest, keep_on, along, reduce)
 
 
 @torch.no_grad()
@@ -327,8 +336,8 @@ def block_inputs(model: Any, batches: Iterable[Batch], lowest: int,
 
 def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contexts: list[tuple],
               inputs: list[Tensor], gradients: list[Any], loss: Loss, lowest: bool,
-              keep_on: torch.device | str | None, along: Callable[[str], Directions | None]
-              ) -> tuple[Factors, dict[str, float]]:
+              keep_on: torch.device | str | None, along: Callable[[str], Directions | None],
+              reduce: Reduce) -> tuple[Factors, dict[str, float]]:
     """Block i forward and backward on all batches, with hooks on its named layers: what sweep
     yields.
 
@@ -351,6 +360,7 @@ def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contex
                     y.backward(gradients[b].to(device))
             below = x.grad
             gradients[b] = below if below is None or keep_on is None else below.to(keep_on)
+    sums.reduce(reduce)
     return sums.factors(), sums.first_token_share()
 
 
@@ -565,7 +575,8 @@ class Adapter:
 @torch.no_grad()
 def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
             loss: Loss = summed_loss, keep_on: torch.device | str | None = None,
-            progress: Callable[..., Iterable] = quiet) -> dict[str, Measurement]:
+            progress: Callable[..., Iterable] = quiet, reduce: Reduce = lambda x: x
+            ) -> dict[str, Measurement]:
     """First step: every layer's scored directions and, of a shallow one, its importance.
 
     Of a deep layer λ and γ are all that is needed: it is decomposed before its block runs, and no
@@ -574,7 +585,7 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
     rank can possibly need, from the end that its depth decides. The model stays as it is.
     Candidates are on the CPU, in fp32 (fp64 for an fp64 model). Raises ValueError for weights,
     activations or gradients that are not finite and for a layer that has an adapter already.
-    `keep_on` and `progress` (which wraps loops as tqdm does) are those of `sweep`.
+    `keep_on`, `progress` (which wraps loops as tqdm does) and `reduce` are those of `sweep`.
     """
     for name in names:
         if not isinstance(model.get_submodule(name), nn.Linear):
@@ -591,7 +602,7 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
         decomposed[name] = svd(W)
         return decomposed[name][0], decomposed[name][2]
 
-    for factors, share in sweep(model, batches, names, loss, keep_on, progress, along):
+    for factors, share in sweep(model, batches, names, loss, keep_on, progress, along, reduce):
         for name in list(factors):
             if name in decomposed:
                 found[name] = candidates(name, *decomposed.pop(name), *factors.pop(name), budget,

@@ -8,6 +8,7 @@
     python train.py --model roberta-base --task glue:sst2       GLUE, scored after every epoch
     python train.py --model FOLDER --task math --data FILE      any model, any questions/answers
     python train.py --resume runs/NAME                          go on where a run was stopped
+    torchrun --nproc-per-node 8 train.py --model ...            the same on 8 GPUs
 
 A straight script: settings, plan, data, model, initialisation, training loop, save. The result
 is a folder runs/<model>-<task>-<method>-s<seed> with run.json, ranks.json, log.jsonl and
@@ -16,6 +17,7 @@ adapter.safetensors (for --method full: a model folder), to be read by `python e
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -36,6 +38,7 @@ import eval as evaluation
 import farss
 import figures
 import model as M
+import parallel
 import plan
 from baselines import Given, covariance_sweep, split
 from benchmarks import BENCHMARKS, of_group, of_task
@@ -82,6 +85,7 @@ def initialise(model: M.Model, s: Settings, examples: list[data.Example]) -> tup
         freeze(model, s)
         return {}, {}
     starts, report = STARTS[s.how.needs](model, s, examples)
+    starts = {name: parallel.same(start) for name, start in starts.items()}  # to the bit
     lost = M.attach(model, starts, layer_scaling(s, starts), s.dropout, s.residual)
     freeze(model, s)
     for name, layer in report["layers"].items():
@@ -137,7 +141,8 @@ def calibration_batches(s: Settings, examples: list[data.Example]) -> list[dict[
 def calibration_loss(s: Settings) -> farss.Loss:
     """Whose gradients the δ are: by --fisher and --official."""
     if s.fisher == "sampled":
-        return farss.sampled_loss(torch.Generator(s.device or "cpu").manual_seed(s.seed))
+        seed = s.seed + 1_000_003 * parallel.rank()  # each process draws labels of its own
+        return farss.sampled_loss(torch.Generator(s.device or "cpu").manual_seed(seed))
     return farss.batch_mean_loss if s.official else farss.summed_loss
 
 
@@ -165,9 +170,10 @@ def start_from_covariance(model: M.Model, s: Settings, examples: list[data.Examp
                           ) -> tuple[Starts, dict]:
     """Adapters of a method that needs the covariance of every layer's inputs."""
     what, found = start_inputs(s), {}
+    batches, reduce = parallel.deal(calibration_batches(s, examples))
     try:
-        for Cs in covariance_sweep(model, calibration_batches(s, examples), s.layers(model),
-                                   partial(tqdm, leave=False, disable=None)):
+        for Cs in covariance_sweep(model, batches, s.layers(model),
+                                   partial(tqdm, leave=False, disable=None), reduce):
             for name, C in Cs.items():
                 W = model.get_parameter(f"{name}.weight")
                 found[name] = start_of(s, W, what._replace(C=C))
@@ -180,14 +186,15 @@ def start_from_covariance(model: M.Model, s: Settings, examples: list[data.Examp
 def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
                       ) -> tuple[Starts, dict]:
     """FARSS's adapters, and what ranks.json says of them."""
-    batches = calibration_batches(s, examples)
+    batches, reduce = parallel.deal(calibration_batches(s, examples))
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
     keep_on = "cpu" if kept > plan.device_memory(s.device) / 2 else None
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
         measured = farss.measure(model, batches, s.layers(model), s.budget, calibration_loss(s),
-                                 keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None))
+                                 keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None),
+                                 reduce=reduce)
     except ValueError as error:  # a checkpoint or activations that are not finite
         raise UserError(f"{s.model}: {error}") from None
     layers = farss.build_adapters(measured, s.budget, start_inputs(s).scaling)
@@ -276,10 +283,10 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
                ) -> tuple[float, float, int]:
     """One AdamW step on the mean loss of the batch's response tokens and the method's penalty:
     (loss, gradient norm, tokens). The mean is over the whole batch, so micro-batches do not
-    change it."""
-    ordered = sorted(batch, key=lambda e: -len(e.ids))
-    parts = [data.collate(ordered[i : i + s.micro_batch], s.device)
-             for i in range(0, len(ordered), s.micro_batch)]
+    change it, nor do several processes, each of which takes a part of it."""
+    mine = parallel.shard(sorted(batch, key=lambda e: -len(e.ids)))
+    parts = [data.collate(mine[i : i + s.micro_batch], s.device)
+             for i in range(0, len(mine), s.micro_batch)]
     targets = sum(e.targets for e in batch)
     total = 0.0
     for part in parts:
@@ -287,7 +294,9 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
             loss = model.loss(**part)[0] / targets
         loss.backward()
         total += loss.item()
-    if s.how.penalty:
+    parallel.sum_gradients(trained)
+    total = parallel.added(total)
+    if s.how.penalty:  # the same in every process, and once in the sum
         penalty = s.how.penalty(model, s.kasa_beta, s.kasa_gamma)
         penalty.backward()
         total += penalty.item()
@@ -319,14 +328,15 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
     saved = newest_checkpoint(run)
     start = load_checkpoint(saved, trained, optimizer) if saved else 0
     log = run / "log.jsonl"
-    done = log.read_text().splitlines()[:start] if log.exists() else []
-    with checkpoint.atomic(log) as temporary:  # forget what came after the checkpoint
-        temporary.write_text("".join(line + "\n" for line in done))
+    if parallel.first():  # forget what came after the checkpoint
+        done = log.read_text().splitlines()[:start] if log.exists() else []
+        with checkpoint.atomic(log) as temporary:
+            temporary.write_text("".join(line + "\n" for line in done))
 
     lengths, stop = [len(e.ids) for e in examples], StopRequest()
     epoch, batches = -1, []
     with tqdm(total=steps, initial=start, desc=f"{s.method}", disable=None) as bar, \
-            open(log, "a") as out, stop:
+            open(log if parallel.first() else os.devnull, "a") as out, stop:
         for step in range(start, steps):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
@@ -336,6 +346,7 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
                 group["lr"] = lr
             began = time.perf_counter()
             batch = [examples[i] for i in batches[step % per_epoch]]
+            parallel.reseed(s.seed, step)
             loss, norm, tokens = train_step(model, batch, s, optimizer, list(trained.values()))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 kept = newest_checkpoint(run)
@@ -355,12 +366,15 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
             out.flush()
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:.1f} GB")
-            if stop.asked or ((step + 1) % s.save_every == 0 and step + 1 < steps):
+            asked = parallel.anywhere(stop.asked)
+            if parallel.first() and (
+                    asked or ((step + 1) % s.save_every == 0 and step + 1 < steps)):
                 path = run / "checkpoint" / f"step-{step + 1:06d}.safetensors"
                 save_checkpoint(path, step + 1, trained, optimizer)
                 for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
                     old.unlink()
-            if stop.asked:
+            if asked:
+                parallel.barrier()  # until it is saved
                 return step + 1 == steps
     return True
 
@@ -441,6 +455,7 @@ def run_trial(model: M.Model, s: Settings, examples: list[data.Example]) -> None
         for group in optimizer.param_groups:
             group["lr"] = s.lr * schedule(step, s.steps, s.warmup)
         batch = [examples[i] for i in batches[step % len(batches)]]
+        parallel.reseed(s.seed, step)
         train_step(model, batch, s, optimizer, trained)
 
 
@@ -473,6 +488,7 @@ def main(argv: list[str] | None = None) -> None:
         s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
         folder = checkpoint.fetch(s.model)
 
+    parallel.check(s.device, s.batch_size)
     use_threads(s.threads)
     tokenizer = checkpoint.Tokenizer(folder, config)
     task = data.TASKS[s.task]
@@ -492,7 +508,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
               "examples are longer")
     start_file = run / "checkpoint" / "init.safetensors"
-    calibration = [] if start_file.exists() else calibration_set(s, chosen.examples, tokenizer)
+    has_start = start_file.exists()
+    calibration = [] if has_start else calibration_set(s, chosen.examples, tokenizer)
     if s.how.needs != "nothing" and 0 < len(calibration) < s.calibration_examples:
         print(f"note: calibration on {len(calibration)} examples, not {s.calibration_examples}")
     if recorded and recorded["data_sha256"] != chosen.sha256:
@@ -502,23 +519,25 @@ def main(argv: list[str] | None = None) -> None:
         shallow, boundary = find_boundary(folder, s, chosen.examples, calibration, tokenizer)
         s = replace(s, shallow=shallow)
     model = checkpoint.load(folder, s.master_dtype, s.device, task.classes or None, s.seed)
-    if recorded is None:  # run.json goes first: with it alone a run can be resumed
+    parallel.barrier()  # all have seen the folder as it was
+    if recorded is None and parallel.first():  # run.json first: with it alone a run can be resumed
         run.mkdir(parents=True, exist_ok=True)
         write_run(run, s, {
             "data_sha256": chosen.sha256, "dropped_rows": chosen.dropped, "cut_rows": chosen.cut,
             "known_as": known_as(s.model, config), **({"boundary": boundary} if boundary else {}),
             "base": str(folder.resolve()) if checkpoint.is_folder(s.model) else None,
             "base_fingerprint": checkpoint.fingerprint(folder)})
-    (run / "checkpoint").mkdir(exist_ok=True)
+    if parallel.first():
+        (run / "checkpoint").mkdir(exist_ok=True)
 
     started = time.perf_counter()
-    if start_file.exists():
+    if has_start:
         initial = checkpoint.load_adapter(model, start_file, s.dropout)
         freeze(model, s)
         print(f"initialisation read from {start_file}")
     else:
         initial, report = initialise(model, s, calibration)
-        if report:
+        if report and parallel.first():
             report["seconds"] = round(time.perf_counter() - started, 1)
             if spectra := report.pop("spectra", None):
                 checkpoint.save_tensors(run / "spectra.safetensors", spectra, {})
@@ -537,6 +556,8 @@ def main(argv: list[str] | None = None) -> None:
     if not train(model, s, chosen.examples, run, validate, score):
         print(f"stopped; go on with: python train.py --resume {run}")
         sys.exit(130)
+    if not parallel.first():
+        return
     if s.how.trains == "weights":
         checkpoint.save(model.to(DTYPES[s.dtype]), run / "model")
         checkpoint.copy_companions(folder, run / "model")
@@ -554,8 +575,8 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        run_main(main, "go on with --resume RUN --micro-batch 1 --checkpointing, or take a "
-                       "smaller --max-length")
+        run_main(parallel.together(main), "go on with --resume RUN --micro-batch 1 "
+                 "--checkpointing, or take a smaller --max-length")
     else:
         import demo
 
