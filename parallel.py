@@ -4,6 +4,7 @@
     rank, size, first, barrier, same, anywhere        who is who, and what all agree on
     shard, gather, deal                               lists dealt out, and put together again
     total, added, sum_gradients                       sums over the processes
+    shard_model, everywhere, whole, part, unshard     weights dealt out (FSDP2), and whole again
 
 With one process everything here does nothing, and torch.distributed is not initialised. Tensors on
 the CPU go through gloo, those on a GPU through NCCL.
@@ -197,8 +198,79 @@ def added(x: float) -> float:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum the gradients over all processes."""
+    """Sum the gradients over all processes; those of a sharded model were, on their way."""
     if size() == 1:
         return
     for p in parameters:
-        p.grad = total(torch.zeros_like(p) if p.grad is None else p.grad)
+        if not is_part(p):
+            p.grad = total(torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+# ------------------------------------------------------------------- weights dealt out (FSDP2)
+
+
+def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: str) -> None:
+    """Leave each process its part of every weight, on the device.
+
+    A block's weights are gathered when it runs, forward and backward, and dropped again; those
+    outside the blocks stay gathered from `model.loss` until its backward pass is over. Gradients
+    are summed. All processes must call `model.loss` equally often. The model may be on the CPU: it
+    goes to the device block by block.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(torch.device(device).type, (size(),))
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)  # a sum, no mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo can do no other
+    register_fsdp_forward_method(model, "loss")
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether it is one process's part of a sharded tensor."""
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes a second to import
+
+
+def everywhere(tensor: Any) -> Tensor:
+    """The whole tensor in every process; all must ask for it."""
+    return tensor.full_tensor() if is_part(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, of a sharded one in the first process and on the CPU; others, which must
+    ask for it as well, get an empty one."""
+    if not is_part(tensor):
+        return tensor
+    found = everywhere(tensor.detach())
+    return found.cpu() if first() else found.new_empty(0)
+
+
+def part(tensor: Tensor, like: Any) -> Tensor:
+    """What this process keeps of a whole tensor that is sharded as `like`, on its device."""
+    if not is_part(like):
+        return tensor.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements,
+                             src_data_rank=None)  # every process has read it: none sends
+
+
+@torch.no_grad()
+def unshard(model: nn.Module) -> None:
+    """Put whole weights in place of the parts, in the first process and on the CPU, to be saved."""
+    if size() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    done: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stands twice
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # a class that fully_shard put before the module's own
+            module.__class__ = type(module).__mro__[2]
+        for name, p in module.named_parameters(recurse=False):
+            if is_part(p):
+                if p not in done:
+                    done[p] = nn.Parameter(whole(p), p.requires_grad)
+                module.register_parameter(name, done[p])

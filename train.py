@@ -125,7 +125,8 @@ def start_alone(model: M.Model, s: Settings, examples: list[data.Example]) -> tu
     """Adapters of a method that needs the weights only, and what ranks.json says of them."""
     what, starts = start_inputs(s), {}
     for name in tqdm(s.layers(model), desc=s.method, leave=False, disable=None, delay=2):
-        starts[name] = start_of(s, model.get_parameter(f"{name}.weight"), what)
+        W = model.get_parameter(f"{name}.weight").to(s.device or "cpu")
+        starts[name] = start_of(s, W, what)
     return starts, {"layers": {n: {"r": len(x.A)} for n, x in starts.items()}}
 
 
@@ -253,10 +254,12 @@ def save_checkpoint(path: Path, step: int, trained: dict[str, nn.Parameter],
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for name, p in trained.items():
-        tensors[f"p/{name}"] = p
+        tensors[f"p/{name}"] = parallel.whole(p)
         if p in optimizer.state:
-            tensors |= {f"{k}/{name}": optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-    checkpoint.save_tensors(path, tensors, {"step": str(step)})
+            tensors |= {f"{k}/{name}": parallel.whole(optimizer.state[p][k])
+                        for k in ("exp_avg", "exp_avg_sq")}
+    if parallel.first():
+        checkpoint.save_tensors(path, tensors, {"step": str(step)})
 
 
 def load_checkpoint(path: Path, trained: dict[str, nn.Parameter],
@@ -268,14 +271,19 @@ def load_checkpoint(path: Path, trained: dict[str, nn.Parameter],
     step = int(meta["step"])
     with torch.no_grad():
         for name, p in trained.items():
-            p.copy_(tensors[f"p/{name}"])
+            p.copy_(parallel.part(tensors[f"p/{name}"], p))
             if f"exp_avg/{name}" in tensors:
                 optimizer.state[p] = {"step": torch.tensor(float(step))} | {
-                    k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+                    k: parallel.part(tensors[f"{k}/{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng_cuda"])
     return step
+
+
+def without_loss(example: data.Example) -> data.Example:
+    """For a process that has no example left, but must run the model as often as the others."""
+    return example._replace(prompt_length=len(example.ids))
 
 
 def train_step(model: M.Model, batch: list[data.Example], s: Settings,
@@ -284,7 +292,8 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
     """One AdamW step on the mean loss of the batch's response tokens and the method's penalty:
     (loss, gradient norm, tokens). The mean is over the whole batch, so micro-batches do not
     change it, nor do several processes, each of which takes a part of it."""
-    mine = parallel.shard(sorted(batch, key=lambda e: -len(e.ids)))
+    ordered = sorted(batch, key=lambda e: -len(e.ids))
+    mine = parallel.shard(ordered, without_loss(ordered[-1]) if s.shard else None)
     parts = [data.collate(mine[i : i + s.micro_batch], s.device)
              for i in range(0, len(mine), s.micro_batch)]
     targets = sum(e.targets for e in batch)
@@ -300,7 +309,7 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
         penalty = s.how.penalty(model, s.kasa_beta, s.kasa_gamma)
         penalty.backward()
         total += penalty.item()
-    norm = nn.utils.clip_grad_norm_(trained, s.clip).item()
+    norm = parallel.everywhere(nn.utils.clip_grad_norm_(trained, s.clip)).item()
     if math.isfinite(total) and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -367,12 +376,12 @@ def train(model: M.Model, s: Settings, examples: list[data.Example], run: Path,
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:.1f} GB")
             asked = parallel.anywhere(stop.asked)
-            if parallel.first() and (
-                    asked or ((step + 1) % s.save_every == 0 and step + 1 < steps)):
+            if asked or ((step + 1) % s.save_every == 0 and step + 1 < steps):
                 path = run / "checkpoint" / f"step-{step + 1:06d}.safetensors"
                 save_checkpoint(path, step + 1, trained, optimizer)
-                for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
-                    old.unlink()
+                if parallel.first():
+                    for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
+                        old.unlink()
             if asked:
                 parallel.barrier()  # until it is saved
                 return step + 1 == steps
@@ -424,7 +433,7 @@ def find_boundary(folder: Path, s: Settings, examples: list[data.Example],
     before: list[float | None] = []  # of the base model, the same for every candidate
     for shallow in tqdm(candidates(checkpoint.read_config(folder).num_hidden_layers),
                         desc="boundary", disable=None):
-        trial = replace(s, shallow=shallow, steps=TRIAL_STEPS)
+        trial = replace(s, shallow=shallow, steps=TRIAL_STEPS, shard=False)
         model = checkpoint.load(folder, s.master_dtype, s.device)
         before = before or [evaluation.mean_loss(model, e) for e in (known, held_out)]
         initialise(model, trial, calibration)
@@ -489,6 +498,10 @@ def main(argv: list[str] | None = None) -> None:
         folder = checkpoint.fetch(s.model)
 
     parallel.check(s.device, s.batch_size)
+    s = parallel.same(s)  # the micro-batch, too, which each may have chosen by its own memory
+    if s.shard and parallel.size() == 1:
+        print("note: one process keeps all weights; --shard has nothing to do")
+        s = replace(s, shard=False)
     use_threads(s.threads)
     tokenizer = checkpoint.Tokenizer(folder, config)
     task = data.TASKS[s.task]
@@ -518,7 +531,9 @@ def main(argv: list[str] | None = None) -> None:
     if s.shallow == AUTO:
         shallow, boundary = find_boundary(folder, s, chosen.examples, calibration, tokenizer)
         s = replace(s, shallow=shallow)
-    model = checkpoint.load(folder, s.master_dtype, s.device, task.classes or None, s.seed)
+    # Nothing runs on the whole model where it has a start, or needs no calibration.
+    whole_on = "cpu" if s.shard and (has_start or s.how.needs == "nothing") else s.device
+    model = checkpoint.load(folder, s.master_dtype, whole_on, task.classes or None, s.seed)
     parallel.barrier()  # all have seen the folder as it was
     if recorded is None and parallel.first():  # run.json first: with it alone a run can be resumed
         run.mkdir(parents=True, exist_ok=True)
@@ -551,11 +566,14 @@ def main(argv: list[str] | None = None) -> None:
           f"{time.perf_counter() - started:.1f} s; --micro-batch {s.micro_batch}"
           + (" (as memory had room; it decides the draws of dropout)" if s.dropout else ""))
 
+    if s.shard:
+        parallel.shard_model(model, model.blocks, s.device)
     validate = evaluation.validator(model, tokenizer, validation) if validation else None
     score = evaluation.validator(model, tokenizer, scored) if scored else None
     if not train(model, s, chosen.examples, run, validate, score):
         print(f"stopped; go on with: python train.py --resume {run}")
         sys.exit(130)
+    parallel.unshard(model)
     if not parallel.first():
         return
     if s.how.trains == "weights":

@@ -35,6 +35,13 @@ SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg",
 DROPOUT = [*SMALL, "--method", "lora", "--dropout", "0.3", "--save-every", "2"]
 ASKED = ["--benchmarks", "gsm8k,nq_open,webqs", "--max-new-tokens", "5", "--device", "cpu",
          "--data", "gsm8k=d/test.jsonl", "nq_open=d/nq.jsonl", "webqs=d/webqs.json"]
+# Of two processes the second has one example less, but must run the model as often.
+SHARDED = {"full": ["--method", "full", "--micro-batch", "1"],
+           "tied": ["--method", "full", "--model", "tied", "--dtype", "bfloat16"],
+           "lora": ["--method", "lora", "--residual", "exact", "--checkpointing"],
+           "pissa": ["--method", "pissa", "--freeze", "deep-third"],
+           "farss": ["--method", "farss", "--residual", "exact"]}
+FULL = [*SMALL, *SHARDED["full"], "--save-every", "2"]
 SHAPES = [[(5, 3), (9, 9), (1, 1)], [(4, 8)], [(7, 2), (2, 30)]]  # batches of (prompt, response)
 
 
@@ -115,6 +122,15 @@ def work():
     parallel.barrier()
     train.main(["--resume", "cut-dropout"])
     train.main(["--resume", "1-to-2"])
+    for name, argv in SHARDED.items():
+        train.main([*SMALL, *argv, "--shard", "--out", f"shard-{name}"])
+    assert interrupted([*FULL, "--shard", "--out", "full-2-to-1"], 3, here=rank == 1) == 130
+    parallel.barrier()
+    if parallel.first():
+        shutil.copytree("full-2-to-1", "full-2-to-2")
+    parallel.barrier()
+    for run, more in (("full-2-to-2", ["--no-shard"]), ("full-1-to-2", ["--shard"])):
+        train.main(["--resume", run, *more])
     for argv in ([*SMALL, "--batch-size", "1"], [*SMALL, "--device", "meta"]):
         with suppress(C.UserError):
             train.main([*argv, "--out", "refused"])
@@ -135,6 +151,8 @@ def two(tmp_path_factory):
         write_checkpoint("tiny")
         write_data("d")
         interrupted([*DROPOUT, "--out", "1-to-2"], 3)
+        interrupted([*FULL, "--out", "full-1-to-2"], 3)
+        write_checkpoint("tied", tie_word_embeddings=True)
         shutil.copytree("1-to-2", "1-to-1")
         done = torchrun(__file__, cwd=folder)
         assert done.returncode == 0, done.stderr[:6000]
@@ -234,6 +252,50 @@ def test_a_checkpoint_of_two_goes_on_in_one_and_the_reverse(here):
     for a, b in (("2-to-1", "two-dropout"), ("1-to-2", "1-to-1")):
         later = [[x["loss"] for x in log(run)[3:]] for run in (a, b)]
         assert later[0] != later[1] and later[0] == pytest.approx(later[1], rel=0.05)
+
+
+# ------------------------------------------------------------------------------- weights dealt out
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_sharded_run_is_a_run_of_one(here, name):
+    """Saved as one process saves it."""
+    train.main([*SMALL, *SHARDED[name], "--out", f"whole-{name}"])
+    one, two = log(f"whole-{name}"), log(f"shard-{name}")
+    rough = name == "tied"  # in bf16 products
+    for key in ("loss", "grad_norm"):
+        assert [x[key] for x in two] == pytest.approx([x[key] for x in one],
+                                                      rel=3e-2 if rough else 2e-5)
+    file = "model/model.safetensors" if "full" in SHARDED[name] else "adapter.safetensors"
+    one, two = (C.load_tensors(f"{n}-{name}/{file}")[0] for n in ("whole", "shard"))
+    close(one, two, 1e-2 if rough else 1e-3, 1e-2 if rough else 1e-4)
+    left = [sorted(p.name for p in Path(f"{n}-{name}").iterdir()) for n in ("whole", "shard")]
+    assert {*left[0]} - {*left[1]} <= {"loss.png", "ranks.png", "spectra.png"}
+
+
+@pytest.mark.parametrize("run", ["full-2-to-1", "full-2-to-2", "full-1-to-2"])
+def test_a_sharded_checkpoint_goes_on_in_any_number_of_processes(here, run):
+    if run == "full-2-to-1":
+        train.main(["--resume", run])
+    if not Path("whole-full").exists():
+        train.main([*SMALL, *SHARDED["full"], "--out", "whole-full"])
+    assert [x["loss"] for x in log(run)] == pytest.approx([x["loss"] for x in log("whole-full")],
+                                                          rel=2e-5)
+    one, two = (C.load_tensors(f"{r}/model/model.safetensors")[0] for r in (run, "whole-full"))
+    close(one, two, 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize("more, what", [
+    (["--score-every", "2"], "--score-every"), (["--method", "kasa"], "--method kasa")])
+def test_shard_is_refused_where_whole_weights_are_needed(here, more, what):
+    with pytest.raises(C.UserError, match=f"--shard does not go with {what}"):
+        train.main([*SMALL, "--shard", *more, "--out", "refused"])
+
+
+def test_shard_with_one_process_is_said_to_do_nothing(here, capsys):
+    train.main([*SMALL, "--shard", "--method", "lora", "--steps", "1", "--out", "alone"])
+    assert "--shard has nothing to do" in capsys.readouterr().out
+    assert C.read_json("alone/run.json")["settings"]["shard"] is False
 
 
 # ------------------------------------------------------------------------------- evaluation
