@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from farss import (
+    Reduce,
     adapter_from_directions,
     add_outer,
     mirror,
@@ -204,19 +205,21 @@ def input_hooks(model: nn.Module, names: Iterable[str]) -> Iterator[CovarianceSu
 
 @torch.no_grad()
 def covariance_sweep(model: Any, batches: list[dict[str, Tensor]], names: Iterable[str],
-                     progress: Callable[..., Iterable] = quiet) -> Iterator[dict[str, Tensor]]:
+                     progress: Callable[..., Iterable] = quiet, reduce: Reduce = lambda x: x
+                     ) -> Iterator[dict[str, Tensor]]:
     """C (n, n) of every named layer, one block after the other, in the memory of one block.
 
     CorDA's and LoRA-Null's own: C = (1/N) Σ over the N sequences of xᵀx, x (tokens, n) a
     sequence's inputs divided by |max x|, in fp32. Every real token counts, prompt and BOS too. A
     forward pass only, block by block: all batches through one block, then through the next. Yields
     {name: C} of each block that has named layers; layers that share an input share C. ValueError
-    for one that is not finite, as where a sequence's largest input is 0.
+    for one that is not finite, as where a sequence's largest input is 0. `reduce` sums over
+    processes, where each has a part of the batches.
 
     Official code differs: it divides by 256, whatever the number of sequences.
     """
     by_block = names_by_block(names)
-    sequences = sum(len(batch["input_ids"]) for batch in batches)
+    sequences = int(reduce(torch.tensor(sum(len(batch["input_ids"]) for batch in batches))))
     entered = [model.enter(batch) for batch in batches]
     inputs, contexts = [x for x, _ in entered], [context for _, context in entered]
     with evaluating(model):
@@ -227,7 +230,7 @@ def covariance_sweep(model: Any, batches: list[dict[str, Tensor]], names: Iterab
                     inputs[b] = model.blocks[i](inputs[b], *contexts[b])
             own = {name: C for name, C in found.sums.items() if name not in found.shared}
             for name, C in own.items():
-                mirror(C)
+                mirror(reduce(C))
                 C /= sequences
                 if not C.isfinite().all():  # damping would never end
                     raise ValueError(f"the covariance of {name}'s inputs is not finite")

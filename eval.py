@@ -18,6 +18,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ import data
 import export
 import figures
 import model as M
+import parallel
 import plan
 from baselines import METHODS
 from benchmarks import (
@@ -166,12 +168,15 @@ class Evaluator:
         """One record per question: prompt, gold, verdict, and what led to it.
 
         What is `known` is not asked; each new answer is given to `finished` as soon as it is there.
+        Several processes ask a shard of the questions each, in which `known` and `finished` count
+        theirs; all have all records.
         """
         prepare = BENCHMARKS[name].prepare
         if prepare:
             prepare()
-        return judged(name, asked, self.answers(name, asked, known or {}, finished), self.scoring,
-                      self.execute)
+        said = parallel.gather(self.answers(name, parallel.shard(asked), known or {}, finished))
+        return parallel.same(judged(name, asked, said, self.scoring, self.execute)
+                             if parallel.first() else [])
 
     def answers(self, name: str, asked: list[Question], known: Answers, finished: Finished
                 ) -> list[dict]:
@@ -272,12 +277,15 @@ class Evaluator:
 @torch.inference_mode()
 def mean_loss(model: M.Model, examples: list[data.Example], desc: str = "loss") -> float | None:
     """Mean loss in nats per labelled token; None without any, and where it is not finite."""
-    total, count = 0.0, 0
+    found = []
     with M.evaluating(model):
-        for batch in tqdm(data.batches_by_length(examples, lambda e: len(e.ids), 8), desc=desc,
-                          leave=False, disable=None):
-            nll, n = model.loss(**data.collate(batch, M.embedding(model).device))
-            total, count = total + nll.item(), count + n
+        for batch in tqdm(parallel.shard(data.batches_by_length(examples, lambda e: len(e.ids), 8)),
+                          desc=desc, leave=False, disable=None):
+            loss, labelled = model.loss(**data.collate(batch, M.embedding(model).device))
+            found.append((loss.item(), labelled))
+    total, count = 0.0, 0
+    for nll, n in parallel.gather(found):  # in their order, whoever made them
+        total, count = total + nll, count + n
     return total / count if count and math.isfinite(total) else None
 
 
@@ -342,7 +350,8 @@ def execute(program: Callable[[str, dict], str], records: list[dict], desc: str)
 
     programs = [program(r["extracted"], r["gold"]) for r in records]
     try:
-        outcomes = sandbox.run_all(programs, progress=lambda each: tqdm(
+        jobs = max(1, (os.cpu_count() or 1) // parallel.size())
+        outcomes = sandbox.run_all(programs, jobs=jobs, progress=lambda each: tqdm(
             each, desc=f"{desc}, tests", total=len(programs), leave=False, disable=None))
     except OSError as error:  # what the model wrote took longer than what is lost here
         print(f"{desc}: {error}")
@@ -1103,6 +1112,7 @@ def main(argv: list[str] | None = None) -> None:
         for path in plot(args.plot, args.out or Path("runs") / "plots"):
             print(path)
         return
+    parallel.check(args.device)
     target = find_target(args.target, args.base)
     about = target.about
     if args.task and target.run:
@@ -1135,7 +1145,9 @@ def main(argv: list[str] | None = None) -> None:
     results["benchmarks"] = kept_benchmarks(out, results, list(rows))
     epochs = epoch_scores(target.run) if target.run else []
     results |= {"epochs": epochs} if epochs else {}
-    partial = {b: out / "eval" / f"{b}.partial.jsonl" for b in rows}
+    apart = f"-{parallel.rank()}-of-{parallel.size()}" if parallel.size() > 1 else ""
+    partial = {b: out / "eval" / f"{b}{apart}.partial.jsonl" for b in rows}
+    parallel.barrier()  # all have read the results of before
     for benchmark in rows:
         here = asked[benchmark]
         settings = {"bos": args.bos, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
@@ -1146,21 +1158,24 @@ def main(argv: list[str] | None = None) -> None:
                 target, evaluator, benchmark, settings["questions"]), evaluator.batch_size
                 ) as (known, finished, size):
             if known:
-                print(f"{benchmark}: {len(known)} of {len(here)} answered before")
+                print(f"{benchmark}: {len(known)} of {len(parallel.shard(here))} answered before")
                 evaluator.batch_size = args.batch_size or size
             found, records = run_benchmark(evaluator, benchmark, rows[benchmark], here, known,
                                            finished)
         results["benchmarks"][benchmark] = found | settings
-        write_records(out, benchmark, records)
         # After each, and without references: neither Ctrl-C nor one that does not fit costs it.
         results["summary"] = summarise(results, None, None)
-        checkpoint.save_json(out / "results.json", results)
+        if parallel.first():
+            write_records(out, benchmark, records)
+            checkpoint.save_json(out / "results.json", results)
     for path in partial.values():  # until all is done, for an interrupted command asks them all
         path.unlink()
     for sentence in best_and_last(epochs):
         print(sentence)
+    loss = evaluator.text_loss(text) if args.text else None
+    if not parallel.first():
+        return
     if args.text:
-        loss = evaluator.text_loss(text)
         results["text"] = {"file": args.text.name, "loss": loss,
                            "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
         print(f"{args.text}: {loss} nats a token" if loss is None else
@@ -1257,4 +1272,4 @@ def rescore(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "try a smaller --batch-size")
+    run_main(parallel.together(main), "try a smaller --batch-size")

@@ -52,6 +52,7 @@ EXACT = 1 / 32  # of σ_1: down to there one Gram matrix gives directions as exa
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each (b, t), padded on the right
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer: (Σ_h, Σ_δ), or F and B of Along
 Loss = Callable[[Any, Batch], Tensor]  # of a model and a batch; a scalar
+Reduce = Callable[[Tensor], Tensor]  # a sum over batches, made that of all processes
 
 # ------------------------------------------------ section 3.2: Kronecker factors of the Fisher
 
@@ -125,6 +126,13 @@ class FactorSums:
                        self.along[name].squares)
         else:
             add_outer(self.backward, name, real)
+
+    def reduce(self, total: Reduce) -> None:
+        """Make each sum that over all processes, each of which has seen other batches."""
+        for sums in (self.forward, self.backward, self.norm, self.first):
+            for name, each in sums.items():
+                sums[name] = total(each)
+        self.tokens = int(total(torch.tensor(self.tokens)))
 
     def factors(self) -> Factors:
         """{name: (Σ_h, Σ_δ) or, of a layer in `along`, (F, B)}: the sums divided, in place, by the
@@ -317,8 +325,8 @@ def quiet(items: Iterable, **_: Any) -> Iterable:
 
 def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = summed_loss,
           keep_on: torch.device | str | None = None, progress: Callable[..., Iterable] = quiet,
-          along: Callable[[str], Along | None] = lambda name: None
-          ) -> Iterator[tuple[Factors, dict[str, float]]]:
+          along: Callable[[str], Along | None] = lambda name: None,
+          reduce: Reduce = lambda x: x) -> Iterator[tuple[Factors, dict[str, float]]]:
     """kfac_factors block by block, from the last to the first, in the memory of one block.
 
     As activation checkpointing does it: a forward pass without a graph keeps what goes into each
@@ -326,7 +334,8 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     runs alone from its kept input and backward from the gradient that the block above handed
     down. Two forward passes (the last block: one) and one backward in all, whatever the number of
     blocks. `along`, asked of each layer before its block runs, says what is wanted of it in place
-    of its factors.
+    of its factors. `reduce` sums over processes, where each has a part of the batches; they must
+    want the same.
 
     Yields for each block ({name: (Σ_h, Σ_δ) or (F, B)}, {name: share of the first tokens in
     Tr Σ_h}); what the caller pops from the first dict and drops is freed before the next block
@@ -343,7 +352,7 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     for i in progress(range(len(model.blocks) - 1, lowest - 1, -1), desc="K-FAC by block"):
         # Not kept in a name here: that would hold the factors while the next block runs.
         yield run_block(model, i, by_block.get(i, []), batches, contexts, inputs.pop(), gradients,
-                        loss, i == lowest, keep_on, along)
+                        loss, i == lowest, keep_on, along, reduce)
 
 
 @torch.no_grad()
@@ -367,8 +376,8 @@ def block_inputs(model: Any, batches: Iterable[Batch], lowest: int,
 
 def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contexts: list[tuple],
               inputs: list[Tensor], gradients: list[Any], loss: Loss, lowest: bool,
-              keep_on: torch.device | str | None, along: Callable[[str], Along | None]
-              ) -> tuple[Factors, dict[str, float]]:
+              keep_on: torch.device | str | None, along: Callable[[str], Along | None],
+              reduce: Reduce) -> tuple[Factors, dict[str, float]]:
     """Block i forward and backward on all batches, with hooks on its named layers: what sweep
     yields.
 
@@ -391,6 +400,7 @@ def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contex
                     y.backward(gradients[b].to(device))
             below = x.grad
             gradients[b] = below if below is None or keep_on is None else below.to(keep_on)
+    sums.reduce(reduce)
     return sums.factors(), sums.first_token_share()
 
 
@@ -666,7 +676,8 @@ def look_along(W: Tensor, X: Tensor, squares: bool) -> Along:
 @torch.no_grad()
 def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
             loss: Loss = summed_loss, keep_on: torch.device | str | None = None,
-            progress: Callable[..., Iterable] = quiet) -> dict[str, Measurement]:
+            progress: Callable[..., Iterable] = quiet, reduce: Reduce = lambda x: x
+            ) -> dict[str, Measurement]:
     """First step: every layer's scored directions and, of a shallow one, its importance.
 
     Each layer is decomposed before its block runs, and the tokens are seen along its directions;
@@ -675,8 +686,8 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
     keeps as many candidates as its rank can possibly need, from the end that its depth decides. The
     model stays as it is. Candidates are on the CPU, in fp32 (fp64 for an fp64 model). Raises
     ValueError for weights, activations or gradients that are not finite and for a layer that has
-    an adapter already. `keep_on` and `progress` (which wraps loops as tqdm does) are those of
-    `sweep`.
+    an adapter already. `keep_on`, `progress` (which wraps loops as tqdm does) and `reduce` are
+    those of `sweep`.
     """
     for name in names:
         if not isinstance(model.get_submodule(name), nn.Linear):
@@ -691,7 +702,7 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
         decomposed[name] = Directions.of(W)
         return look_along(W, decomposed[name].X, not budget.is_shallow(name))
 
-    for moments, share in sweep(model, batches, names, loss, keep_on, progress, along):
+    for moments, share in sweep(model, batches, names, loss, keep_on, progress, along, reduce):
         for name in list(moments):
             W, (F, B) = model.get_submodule(name).weight, moments.pop(name)
             importance = None

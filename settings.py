@@ -37,8 +37,8 @@ from model import (
 )
 
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
-MACHINE = ("device", "threads", "micro_batch", "checkpointing", "save_every", "score_every",
-           "score_limit")
+MACHINE = ("device", "threads", "micro_batch", "checkpointing", "shard", "save_every",
+           "score_every", "score_limit")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -124,6 +124,8 @@ class Settings:
                                      "memory); the gradient is that of the whole batch")
     checkpointing: bool = setting(None, "recompute activations in the backward pass (default: "
                                         "only if memory needs it)")
+    shard: bool = setting(False, "with several processes (torchrun): each keeps a part of every "
+                                 "weight, and gathers a block's when it runs (FSDP2)")
     save_every: int = setting(200, "steps between checkpoints")
     score_every: int = setting(None, "also score the task's benchmarks every so many steps, on "
                                      "--score-limit questions each: what is forgotten on the way "
@@ -539,6 +541,11 @@ def check(s: Settings, config: Config) -> None:
                         f"{config.longest} tokens")
     if s.score_every and data.TASKS[s.task].classes:
         raise UserError(f"--score-every: {s.task} is scored after every epoch as it is")
+    if s.shard and (s.score_every or s.how.penalty or data.TASKS[s.task].classes):
+        what = ("--score-every" if s.score_every else f"--method {s.method}" if s.how.penalty else
+                f"--task {s.task}")
+        raise UserError(f"--shard does not go with {what}, which looks at whole weights between "
+                        "steps; leave it out")
     try:
         names = s.layers(empty(config))
         if s.how.adaptive:

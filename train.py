@@ -8,6 +8,7 @@
     python train.py --model roberta-base --task glue:sst2       GLUE, scored after every epoch
     python train.py --model FOLDER --task math --data FILE      any model, any questions/answers
     python train.py --resume runs/NAME                          go on where a run was stopped
+    torchrun --nproc-per-node 8 train.py --model ...            the same on 8 GPUs
 
 A straight script: settings, plan, data, model, initialisation, training loop, save. The result
 is a folder runs/<model>-<task>-<method>-s<seed> with run.json, ranks.json, log.jsonl and
@@ -21,7 +22,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ import eval as evaluation
 import farss
 import figures
 import model as M
+import parallel
 import plan
 from baselines import Given, covariance_sweep, split
 from benchmarks import BENCHMARKS, of_group, of_task
@@ -84,6 +86,7 @@ def initialise(model: M.Model, s: Settings, examples: list[data.Example]) -> tup
         freeze(model, s)
         return {}, {}
     starts, report = STARTS[s.how.needs](model, s, examples)
+    starts = {name: parallel.same(start) for name, start in starts.items()}  # to the bit
     lost = M.attach(model, starts, layer_scaling(s, starts), s.dropout, s.residual)
     freeze(model, s)
     for name, layer in report["layers"].items():
@@ -123,7 +126,8 @@ def start_alone(model: M.Model, s: Settings, examples: list[data.Example]) -> tu
     """Adapters of a method that needs the weights only, and what ranks.json says of them."""
     what, starts = start_inputs(s), {}
     for name in tqdm(s.layers(model), desc=s.method, leave=False, disable=None, delay=2):
-        starts[name] = start_of(s, model.get_parameter(f"{name}.weight"), what)
+        W = model.get_parameter(f"{name}.weight").to(s.device or "cpu")
+        starts[name] = start_of(s, W, what)
     return starts, {"layers": {n: {"r": len(x.A)} for n, x in starts.items()}}
 
 
@@ -139,7 +143,8 @@ def calibration_batches(s: Settings, examples: list[data.Example]) -> list[dict[
 def calibration_loss(s: Settings) -> farss.Loss:
     """Whose gradients the δ are: by --fisher and --official."""
     if s.fisher == "sampled":
-        return farss.sampled_loss(torch.Generator(s.device or "cpu").manual_seed(s.seed))
+        seed = s.seed + 1_000_003 * parallel.rank()  # each process draws labels of its own
+        return farss.sampled_loss(torch.Generator(s.device or "cpu").manual_seed(seed))
     return farss.batch_mean_loss if s.official else farss.summed_loss
 
 
@@ -167,9 +172,10 @@ def start_from_covariance(model: M.Model, s: Settings, examples: list[data.Examp
                           ) -> tuple[Starts, dict]:
     """Adapters of a method that needs the covariance of every layer's inputs."""
     what, found = start_inputs(s), {}
+    batches, reduce = parallel.deal(calibration_batches(s, examples))
     try:
-        for Cs in covariance_sweep(model, calibration_batches(s, examples), s.layers(model),
-                                   partial(tqdm, leave=False, disable=None)):
+        for Cs in covariance_sweep(model, batches, s.layers(model),
+                                   partial(tqdm, leave=False, disable=None), reduce):
             for name, C in Cs.items():
                 W = model.get_parameter(f"{name}.weight")
                 found[name] = start_of(s, W, what._replace(C=C))
@@ -182,7 +188,7 @@ def start_from_covariance(model: M.Model, s: Settings, examples: list[data.Examp
 def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
                       ) -> tuple[Starts, dict]:
     """FARSS's adapters, and what ranks.json says of them."""
-    batches = calibration_batches(s, examples)
+    batches, reduce = parallel.deal(calibration_batches(s, examples))
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
     need = plan.initialisation_memory(s, model.config, 0) | {"kept inputs": kept}
     keep_on = None if plan.fits(need, plan.device_memory(s.device)) else "cpu"
@@ -190,7 +196,8 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
         measured = farss.measure(model, batches, s.layers(model), s.budget, calibration_loss(s),
-                                 keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None))
+                                 keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None),
+                                 reduce=reduce)
     except ValueError as error:  # a checkpoint or activations that are not finite
         raise UserError(f"{s.model}: {error}") from None
     layers = farss.build_adapters(measured, s.budget, start_inputs(s).scaling)
@@ -250,10 +257,12 @@ def save_checkpoint(path: Path, step: int, trained: dict[str, nn.Parameter],
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for name, p in trained.items():
-        tensors[f"p/{name}"] = p
+        tensors[f"p/{name}"] = parallel.whole(p)
         if p in optimizer.state:
-            tensors |= {f"{k}/{name}": optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-    checkpoint.save_sealed(path, tensors, "checkpoint", belongs | {"step": step})
+            tensors |= {f"{k}/{name}": parallel.whole(optimizer.state[p][k])
+                        for k in ("exp_avg", "exp_avg_sq")}
+    if parallel.first():
+        checkpoint.save_sealed(path, tensors, "checkpoint", belongs | {"step": step})
 
 
 def load_checkpoint(path: Path, trained: dict[str, nn.Parameter],
@@ -275,14 +284,19 @@ def load_checkpoint(path: Path, trained: dict[str, nn.Parameter],
     step = about["step"]
     with torch.no_grad():
         for name, p in trained.items():
-            p.copy_(tensors[f"p/{name}"])
+            p.copy_(parallel.part(tensors[f"p/{name}"], p))
             if f"exp_avg/{name}" in tensors:
                 optimizer.state[p] = {"step": torch.tensor(float(step))} | {
-                    k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+                    k: parallel.part(tensors[f"{k}/{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng_cuda"])
     return step
+
+
+def without_loss(example: data.Example) -> data.Example:
+    """For a process that has no example left, but must run the model as often as the others."""
+    return example._replace(prompt_length=len(example.ids))
 
 
 def train_step(model: M.Model, batch: list[data.Example], s: Settings,
@@ -290,10 +304,11 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
                ) -> tuple[float, float, int]:
     """One AdamW step on the mean loss of the batch's response tokens and the method's penalty:
     (loss, gradient norm, tokens). The mean is over the whole batch, so micro-batches do not
-    change it."""
+    change it, nor do several processes, each of which takes a part of it."""
     ordered = sorted(batch, key=lambda e: -len(e.ids))
-    parts = [data.collate(ordered[i : i + s.micro_batch], s.device)
-             for i in range(0, len(ordered), s.micro_batch)]
+    mine = parallel.shard(ordered, without_loss(ordered[-1]) if s.shard else None)
+    parts = [data.collate(mine[i : i + s.micro_batch], s.device)
+             for i in range(0, len(mine), s.micro_batch)]
     targets = sum(e.targets for e in batch)
     total = 0.0
     for part in parts:
@@ -301,11 +316,13 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
             loss = model.loss(**part)[0] / targets
         loss.backward()
         total += loss.item()
-    if s.how.penalty:
+    parallel.sum_gradients(trained)
+    total = parallel.added(total)
+    if s.how.penalty:  # the same in every process, and once in the sum
         penalty = s.how.penalty(model, s.kasa_beta, s.kasa_gamma)
         penalty.backward()
         total += penalty.item()
-    norm = nn.utils.clip_grad_norm_(trained, s.clip).item()
+    norm = parallel.everywhere(nn.utils.clip_grad_norm_(trained, s.clip)).item()
     if math.isfinite(total) and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -316,11 +333,12 @@ def resume(run: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.O
            belongs: dict[str, Any]) -> int:
     """Load the newest sound checkpoint; returns the number of steps done. One that is damaged is
     said, and goes."""
-    while path := newest_checkpoint(run):
+    while path := parallel.same(newest_checkpoint(run)):
         try:
             return load_checkpoint(path, trained, optimizer, belongs)
         except checkpoint.DamagedError as error:
-            path.unlink()
+            parallel.barrier()  # all have seen it
+            path.unlink(missing_ok=True)
             before = newest_checkpoint(run)
             print(f"{error}; going on from {before.name if before else 'the first step'}")
     return 0
@@ -349,14 +367,15 @@ def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
         k: v for k, v in asdict(s).items() if k not in MACHINE}}
     start = resume(run, trained, optimizer, belongs)
     log = run / "log.jsonl"
-    done = log.read_text().splitlines()[:start] if log.exists() else []
-    with checkpoint.atomic(log) as temporary:  # forget what came after the checkpoint
-        temporary.write_text("".join(line + "\n" for line in done))
+    if parallel.first():  # forget what came after the checkpoint
+        done = log.read_text().splitlines()[:start] if log.exists() else []
+        with checkpoint.atomic(log) as temporary:
+            temporary.write_text("".join(line + "\n" for line in done))
 
     lengths, stop = [len(e.ids) for e in examples], StopRequest()
     epoch, batches = -1, []
     with tqdm(total=steps, initial=start, desc=f"{s.method}", disable=None) as bar, \
-            open(log, "a") as out, stop:
+            open(log if parallel.first() else os.devnull, "a") as out, stop:
         for step in range(start, steps):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
@@ -366,6 +385,7 @@ def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
                 group["lr"] = lr
             began = time.perf_counter()
             batch = [examples[i] for i in batches[step % per_epoch]]
+            parallel.reseed(s.seed, step)
             loss, norm, tokens = train_step(model, batch, s, optimizer, list(trained.values()))
             rows = [chosen.rows[i] for i in batches[step % per_epoch]]
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -383,20 +403,24 @@ def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
             out.flush()
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:.1f} GB")
-            last, stopping = step + 1 == steps, stop.asked
+            last, stopping = step + 1 == steps, parallel.anywhere(stop.asked)
             saving = stopping or ((step + 1) % s.save_every == 0 and not last)
-            if (saving or last) and not all(bool(p.isfinite().all()) for p in trained.values()):
+            if (saving or last) and parallel.anywhere(not all_finite(trained.values())):
                 diverged(run, s, f"step {step + 1}: weights that are not finite after loss {loss}, "
                          f"gradient norm {norm}", rows)
             if saving:
-                os.fsync(out.fileno())  # no step may be in a checkpoint and not in the log
+                if parallel.first():
+                    os.fsync(out.fileno())  # no step may be in a checkpoint and not in the log
                 path = run / "checkpoint" / f"step-{step + 1:06d}.safetensors"
                 save_checkpoint(path, step + 1, trained, optimizer, belongs)
-                for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
-                    old.unlink()
+                if parallel.first():
+                    for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
+                        old.unlink()
             if stopping:
+                parallel.barrier()  # until it is saved
                 return last
-        os.fsync(out.fileno())
+        if parallel.first():
+            os.fsync(out.fileno())
     return True
 
 
@@ -404,6 +428,11 @@ def start_of_run(run: Path) -> str | None:
     """The seal of the start that a run's checkpoints go on from; None where W itself trains."""
     path = run / "checkpoint" / "init.safetensors"
     return checkpoint.load_sealed(path, "adapter")[1].get("sha256") if path.exists() else None
+
+
+def all_finite(trained: Iterable[nn.Parameter]) -> bool:
+    """Whether all numbers are, of a sharded weight this process's own."""
+    return all(bool(parallel.own(p).isfinite().all()) for p in trained)
 
 
 def diverged(run: Path, s: Settings, what: str, rows: list[int]) -> NoReturn:
@@ -470,7 +499,7 @@ def find_boundary(folder: Path, s: Settings, examples: list[data.Example],
     before: list[float | None] = []  # of the base model, the same for every candidate
     for shallow in tqdm(candidates(checkpoint.read_config(folder).num_hidden_layers),
                         desc="boundary", disable=None):
-        trial = replace(s, shallow=shallow, steps=TRIAL_STEPS)
+        trial = replace(s, shallow=shallow, steps=TRIAL_STEPS, shard=False)
         model = checkpoint.load(folder, s.master_dtype, s.device)
         before = before or [evaluation.mean_loss(model, e) for e in (known, held_out)]
         initialise(model, trial, calibration)
@@ -501,6 +530,7 @@ def run_trial(model: M.Model, s: Settings, examples: list[data.Example]) -> None
         for group in optimizer.param_groups:
             group["lr"] = s.lr * schedule(step, s.steps, s.warmup)
         batch = [examples[i] for i in batches[step % len(batches)]]
+        parallel.reseed(s.seed, step)
         train_step(model, batch, s, optimizer, trained)
 
 
@@ -534,6 +564,11 @@ def main(argv: list[str] | None = None) -> None:
         s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
         folder = checkpoint.fetch(s.model)
 
+    parallel.check(s.device, s.batch_size)
+    s = parallel.same(s)  # the micro-batch, too, which each may have chosen by its own memory
+    if s.shard and parallel.size() == 1:
+        print("note: one process keeps all weights; --shard has nothing to do")
+        s = replace(s, shard=False)
     use_threads(s.threads)
     tokenizer = checkpoint.Tokenizer(folder, config)
     task = data.TASKS[s.task]
@@ -553,8 +588,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
               "examples are longer")
     start_file = run / "checkpoint" / "init.safetensors"
-    drop_damaged(start_file)
-    calibration = [] if start_file.exists() else calibration_set(s, chosen.examples, tokenizer)
+    if parallel.first():
+        drop_damaged(start_file)
+    has_start = parallel.same(start_file.exists())
+    calibration = [] if has_start else calibration_set(s, chosen.examples, tokenizer)
     if s.how.needs != "nothing" and 0 < len(calibration) < s.calibration_examples:
         print(f"note: calibration on {len(calibration)} examples, not {s.calibration_examples}")
     if recorded and recorded["data_sha256"] != chosen.sha256:
@@ -563,8 +600,11 @@ def main(argv: list[str] | None = None) -> None:
     if s.shallow == AUTO:
         shallow, boundary = find_boundary(folder, s, chosen.examples, calibration, tokenizer)
         s = replace(s, shallow=shallow)
-    model = checkpoint.load(folder, s.master_dtype, s.device, task.classes or None, s.seed)
-    if recorded is None:  # run.json goes first: with it alone a run can be resumed
+    # Nothing runs on the whole model where it has a start, or needs no calibration.
+    whole_on = "cpu" if s.shard and (has_start or s.how.needs == "nothing") else s.device
+    model = checkpoint.load(folder, s.master_dtype, whole_on, task.classes or None, s.seed)
+    parallel.barrier()  # all have seen the folder as it was
+    if recorded is None and parallel.first():  # run.json first: with it alone a run can be resumed
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.sync_entries(run.parent)
         write_run(run, s, {
@@ -572,16 +612,17 @@ def main(argv: list[str] | None = None) -> None:
             "known_as": known_as(s.model, config), **({"boundary": boundary} if boundary else {}),
             "base": str(folder.resolve()) if checkpoint.is_folder(s.model) else None,
             "base_fingerprint": checkpoint.fingerprint(folder)})
-    (run / "checkpoint").mkdir(exist_ok=True)
+    if parallel.first():
+        (run / "checkpoint").mkdir(exist_ok=True)
 
     started = time.perf_counter()
-    if start_file.exists():
+    if has_start:
         initial = checkpoint.load_adapter(model, start_file, s.dropout)
         freeze(model, s)
         print(f"initialisation read from {start_file}")
     else:
         initial, report = initialise(model, s, calibration)
-        if report:
+        if report and parallel.first():
             report["seconds"] = round(time.perf_counter() - started, 1)
             if spectra := report.pop("spectra", None):
                 checkpoint.save_tensors(run / "spectra.safetensors", spectra, {})
@@ -595,11 +636,16 @@ def main(argv: list[str] | None = None) -> None:
           f"{time.perf_counter() - started:.1f} s; --micro-batch {s.micro_batch}"
           + (" (as memory had room; it decides the draws of dropout)" if s.dropout else ""))
 
+    if s.shard:
+        parallel.shard_model(model, model.blocks, s.device)
     validate = evaluation.validator(model, tokenizer, validation) if validation else None
     score = evaluation.validator(model, tokenizer, scored) if scored else None
     if not train(model, s, chosen, run, validate, score):
         print(f"stopped; go on with: python train.py --resume {run}")
         sys.exit(130)
+    parallel.unshard(model)
+    if not parallel.first():
+        return
     if s.how.trains == "weights":
         checkpoint.save(model.to(DTYPES[s.dtype]), run / "model")
         checkpoint.copy_companions(folder, run / "model")
@@ -618,8 +664,8 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        run_main(main, "go on with --resume RUN --micro-batch 1 --checkpointing, or take a "
-                       "smaller --max-length")
+        run_main(parallel.together(main), "go on with --resume RUN --micro-batch 1 "
+                 "--checkpointing, or take a smaller --max-length")
     else:
         import demo
 

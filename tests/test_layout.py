@@ -20,6 +20,7 @@ ALLOWED = {
     "baselines": {"farss", "model"},  # the split that PiSSA, MiLoRA, CorDA and FARSS share
     "checkpoint": {"model"},
     "data": {"checkpoint", "model"},
+    "parallel": {"checkpoint"},
     "sandbox": set(),  # it runs by itself, isolated
     "benchmarks": {"checkpoint", "data"},
     "settings": {"baselines", "checkpoint", "data", "farss", "model"},
