@@ -330,14 +330,14 @@ def test_padding_is_kept_where_it_is_little_or_a_text_is_longer_than_the_window(
     monkeypatch.setattr(M, "WIDE", 32)
     much, little = [(5, 9), (3, 40)], [(10, 9), (10, 9), (10, 9), (10, 9), (10, 3)]  # 6 of 95
     seen = []
-    for rows, settings, padded in (
+    for rows, settings, kept in (
             (much, {}, False), (little, {}, True), (much, dict(hidden_size=31), True),
             (much, MISTRAL | dict(sliding_window=42), True),
             (much, MISTRAL | dict(sliding_window=43), False)):
         model = tiny_llama(num_hidden_layers=1, **settings).train()
         model.blocks[0].register_forward_pre_hook(lambda _, x: seen.append(len(x[0]) > 1))
         model.loss(**tiny_batch(rows))
-        assert seen.pop() == padded
+        assert seen.pop() == kept
         model.eval().loss(**tiny_batch(rows))
         assert seen.pop(), "statistics look at positions of the batch"
 
