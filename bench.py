@@ -1,19 +1,29 @@
 """This project beside its peers: the same model, batch and settings, in one run.
 
     python bench.py FOLDER              FOLDER holds a Llama checkpoint (see README)
-    python bench.py FOLDER --rows initialisation
+    python bench.py FOLDER --rows training --quick        a first look: little work, one round
+    python bench.py FOLDER --questions FILE --json FILE   all rows; the results as a file, too
     python bench.py --blocks            peak memory of the sweep as blocks are added; no FOLDER
     python bench.py --starts            the start of every method, beside peft's; no FOLDER
     python bench.py --decompositions    three ways to Eq. 13; no FOLDER
 
 Every measurement is a process of its own, the two sides taking turns, so that their ratio holds
 when the machine's speed drifts and peak memory is each side's own. Reported: the median over
-the rounds, and the median of the ratios round by round. Needs requirements-dev.txt.
+the rounds, and the median of the ratios round by round. CPU seconds are those of all threads: with
+OMP_NUM_THREADS=1 they hardly depend on what else the machine does. Needs requirements-dev.txt.
 
     training        beside transformers + peft: LoRA r = 32 on all seven linears, dropout 0.05,
                     AdamW, batch 8 of 128 to 256 tokens, loss on the last half of each: real
                     tokens per second, after one step
-    generation      beside transformers: 16 prompts of 32 to 64 tokens, 64 new tokens each, greedy
+    even training   the same, every sequence of 192 tokens: no padding to leave out
+    generation      beside transformers: 64 prompts of 16 to 128 tokens, 32 at a time, greedy, each
+                    to end after 8 to 128 new tokens. There the two batches are of similar prompts,
+                    and a criterion marks a sequence as finished at its number, as EOS would
+    loading         beside transformers' from_pretrained: bf16 shards with random weights of
+                    Llama-3.2-1B's shape, written to a temporary folder (2.5 GB), as fp32:
+                    millions of weights per second, files in the system's cache
+    evaluation      beside transformers' generate with the same stops, 16 at a time: questions per
+                    second of --questions, a file in NQ-Open's format, at most 64 new tokens each
     starts          seconds and memory added until the adapters are attached, on one random block
                     of Llama-2-7B's shapes (--width and --mlp for smaller ones), R = 128, 16
                     sequences of 256 tokens; the block is a deep one, "/ shallow" the other kind;
@@ -27,42 +37,61 @@ the rounds, and the median of the ratios round by round. Needs requirements-dev.
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 import checkpoint
 import data
+import eval as evaluation
 import farss
 import model as M
 import plan
 import train
 from baselines import METHODS
-from settings import Settings
+from benchmarks import BENCHMARKS
+from settings import Settings, provenance
 
-STEPS, NEW = 3, 64
 LINEARS = M.DECODER_TARGETS["seven"]
 BUDGET = farss.Budget(shallow=7, R=32, r_avg=12, r_min=1, r_max=16)
 
 
-def prompts(vocab: int) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(0)
-    lengths = torch.linspace(32, 64, 16).long().tolist()
-    return [torch.randint(3, vocab, (n,), generator=draw).tolist() for n in lengths]
 
 
-def batches(vocab: int, count: int = 1 + STEPS) -> list[dict[str, torch.Tensor]]:
+class Work(NamedTuple):
+    """How much of it a measurement does."""
+
+    steps: int = 3  # of training, after one
+    prompts: int = 64  # of generation, half of them at a time
+    new: int = 128  # tokens at most
+    blocks: int = 16  # of the model that is loaded
+    questions: int = 128
+
+
+QUICK, EVEN = Work(1, 16, 32, 2, 16), (192, 192)
+Timed = Callable[[], float]  # what is measured; returns how much it did, in the row's unit
+
+
+def batches(vocab: int, count: int, lengths: tuple[int, int] = (128, 256)
+            ) -> list[dict[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(0)
 
     def batch():
-        lengths = torch.randint(128, 257, (8,), generator=draw).tolist()
+        sizes = torch.randint(lengths[0], lengths[1] + 1, (8,), generator=draw).tolist()
         return data.collate([data.Example(torch.randint(3, vocab, (n,), generator=draw).tolist(),
-                                          n // 2) for n in lengths])
+                                          n // 2) for n in sizes])
 
     return [batch() for _ in range(count)]
 
@@ -74,8 +103,8 @@ def tokens(work: list) -> int:
 # --------------------------------------------------------------------------------------- training
 
 
-def training_speed(model: Any, loss: Callable[[dict], torch.Tensor]) -> float:
-    """Real tokens per second of steps on `loss(batch)`, the mean over the labelled tokens."""
+def training(model: Any, loss: Callable[[dict], torch.Tensor], work: list[dict]) -> Timed:
+    """Steps on `loss(batch)`, the mean over the labelled tokens; in real tokens."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
@@ -86,15 +115,16 @@ def training_speed(model: Any, loss: Callable[[dict], torch.Tensor]) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    first, *work = batches(model.config.vocab_size)
-    step(first)
-    began = time.perf_counter()
-    for batch in work:
-        step(batch)
-    return tokens(work) / (time.perf_counter() - began)
+    def steps():
+        for batch in work[1:]:
+            step(batch)
+        return tokens(work[1:])
+
+    step(work[0])
+    return steps
 
 
-def train_here(folder: str) -> float:
+def train_here(folder: str, w: Work, lengths: tuple[int, int] = (128, 256)) -> Timed:
     model = checkpoint.load(folder, torch.float32, "cpu")
     train.initialise(model, Settings(model=folder, method="lora", rank=32, alpha=32.0), [])
 
@@ -102,69 +132,178 @@ def train_here(folder: str) -> float:
         total, n = model.loss(**batch)
         return total / n
 
-    return training_speed(model, loss)
+    return training(model, loss, batches(model.config.vocab_size, 1 + w.steps, lengths))
 
 
-def train_peft(folder: str) -> float:
+def train_peft(folder: str, w: Work, lengths: tuple[int, int] = (128, 256)) -> Timed:
     import peft
     import transformers
 
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = peft.get_peft_model(base, peft.LoraConfig(
         r=32, lora_alpha=32, lora_dropout=0.05, target_modules=list(LINEARS)))
-    return training_speed(model, lambda batch: model(**batch).loss)
+    return training(model, lambda batch: model(**batch).loss,
+                    batches(base.config.vocab_size, 1 + w.steps, lengths))
 
 
 # ------------------------------------------------------------------------------------- generation
 
 
-def generate_here(folder: str) -> float:
+def prompts(vocab: int, w: Work) -> tuple[list[list[int]], list[int]]:
+    """Prompts, and how many tokens each is to be continued by."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(16, 129, (w.prompts,), generator=draw).tolist()
+    limits = torch.randint(8, w.new + 1, (w.prompts,), generator=draw).tolist()
+    return [torch.randint(3, vocab, (n,), generator=draw).tolist() for n in lengths], limits
+
+
+def generate_here(folder: str, w: Work) -> Timed:
     model = checkpoint.load(folder, torch.float32, "cpu")
-    work = prompts(model.config.vocab_size)
-    M.generate(model, work, 2)
-    began = time.perf_counter()
-    out = M.generate(model, work, NEW)
-    return sum(map(len, out)) / (time.perf_counter() - began)
+    work, limits = prompts(model.config.vocab_size, w)
+    M.generate(model, work[:2], 2)
+    return lambda: sum(map(len, M.generate(model, work, limits, batch_size=w.prompts // 2)))
 
 
-def generate_transformers(folder: str) -> float:
+def padded_left(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    longest = max(map(len, rows))
+    return {"input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row)
+                                            for row in rows])}
+
+
+def generate_transformers(folder: str, w: Work) -> Timed:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    work = prompts(model.config.vocab_size)
-    longest = max(map(len, work))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in work])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in work])
-    settings = dict(attention_mask=mask, do_sample=False, pad_token_id=0)
-    model.generate(ids, max_new_tokens=2, min_new_tokens=2, **settings)
-    began = time.perf_counter()
-    out = model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, **settings)
-    return out[:, longest:].numel() / (time.perf_counter() - began)
+    model.generation_config.eos_token_id = None  # what ends a sequence is its limit alone
+    work, limits = prompts(model.config.vocab_size, w)
+
+    def generate(chosen: list[int], most: int) -> None:
+        batch, ends = padded_left([work[i] for i in chosen]), torch.tensor([limits[i]
+                                                                            for i in chosen])
+        length = batch["input_ids"].shape[1]
+        out = model.generate(
+            **batch, max_new_tokens=most, do_sample=False, pad_token_id=0,
+            stopping_criteria=[lambda ids, scores, **_: ids.shape[1] - length >= ends])
+        assert out.shape[1] - length == min(most, int(ends.max()))
+
+    def both():
+        order = sorted(range(len(work)), key=lambda i: len(work[i]))
+        for half in (order[: len(order) // 2], order[len(order) // 2 :]):
+            generate(half, w.new)
+        return sum(limits)
+
+    generate([0, 1], 2)
+    return both
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def random_checkpoint(folder: str, w: Work) -> None:
+    """Shards of four blocks each of a random Llama-3.2-1B, in bf16."""
+    config = replace(checkpoint.MODELS["llama3.2-1b"][1], num_hidden_layers=w.blocks)
+    names: dict[str, list[str]] = {}
+    shapes = {n: p.shape for n, p in M.empty(config).named_parameters()}
+    for name in shapes:
+        block = farss.block_index(name) // 4 if ".layers." in name else "rest"
+        names.setdefault(f"model-{block}.safetensors", []).append(name)
+    for file, held in names.items():
+        tensors = {n: torch.empty(shapes[n], dtype=torch.bfloat16).uniform_(-0.05, 0.05)
+                   for n in held}
+        checkpoint.save_tensors(Path(folder) / file, tensors, {"format": "pt"})
+    checkpoint.save_json(Path(folder) / "config.json", checkpoint.config_json(config)
+                         | {"torch_dtype": "bfloat16"})
+    checkpoint.save_json(Path(folder) / "model.safetensors.index.json", {
+        "metadata": {}, "weight_map": {n: file for file, held in names.items() for n in held}})
+
+
+def millions(model: torch.nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def load_here(folder: str, w: Work) -> Timed:
+    return lambda: millions(checkpoint.load(folder, torch.float32, "cpu"))
+
+
+def load_transformers(folder: str, w: Work) -> Timed:
+    import transformers
+
+    return lambda: millions(transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32))
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+BENCHMARK, ANSWER = "nq_open", 64  # new tokens at most
+
+
+def questions(w: Work) -> list[evaluation.Question]:
+    """Those of the file that main puts into the environment."""
+    return evaluation.questions(BENCHMARK, data.read_rows(os.environ["QUESTIONS"]))[: w.questions]
+
+
+def evaluate_here(folder: str, w: Work) -> Timed:
+    model, asked = checkpoint.load(folder, torch.float32, "cpu"), questions(w)
+    tokenizer = checkpoint.Tokenizer(Path(folder), model.config)
+    evaluator = evaluation.Evaluator(model, tokenizer, max_new_tokens=ANSWER)
+    evaluator.ask(BENCHMARK, asked[:1])
+    return lambda: len(evaluator.ask(BENCHMARK, asked))
+
+
+def evaluate_transformers(folder: str, w: Work) -> Timed:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    asked, row = questions(w), BENCHMARKS[BENCHMARK]
+
+    def ask(some: list[evaluation.Question]) -> int:
+        texts = sorted(((q.prompt, q.gold) for q in some), key=lambda text: -len(text[0]))
+        for i in range(0, len(texts), 16):
+            part = texts[i : i + 16]
+            batch = padded_left([tokenizer(t, add_special_tokens=False).input_ids for t, _ in part])
+            out = model.generate(**batch, max_new_tokens=ANSWER, do_sample=False, pad_token_id=0,
+                                 stop_strings=list(row.stops), tokenizer=tokenizer)
+            said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :])
+            for text, (_, gold) in zip(said, part, strict=True):
+                row.judge(evaluation.cut(text, row.stops), gold)
+        return len(texts)
+
+    ask(asked[:1])
+    return lambda: ask(asked)
 
 
 # --------------------------------------------------------------------------------- initialisation
 
 
-def initialise_by_sweep(folder: str) -> float:
+def initialise_by_sweep(folder: str, w: Work) -> Timed:
     model = checkpoint.load(folder, torch.float32, "cpu")
     work = batches(model.config.vocab_size, 2)
-    began = time.perf_counter()
-    measured = farss.measure(model, work, M.linear_names(model, LINEARS), BUDGET)
-    farss.build_adapters(measured, BUDGET)
-    return tokens(work) / (time.perf_counter() - began)
+
+    def start():
+        measured = farss.measure(model, work, M.linear_names(model, LINEARS), BUDGET)
+        farss.build_adapters(measured, BUDGET)
+        return tokens(work)
+
+    return start
 
 
-@torch.no_grad()
-def initialise_whole(folder: str) -> float:
+def initialise_whole(folder: str, w: Work) -> Timed:
     """The same adapters from kfac_factors: one pass, the factors of all blocks at once."""
     model = checkpoint.load(folder, torch.float32, "cpu")
     work, names = batches(model.config.vocab_size, 2), M.linear_names(model, LINEARS)
-    began = time.perf_counter()
-    factors = farss.kfac_factors(model, work, names)
-    weights = {n: model.get_parameter(f"{n}.weight") for n in names}
-    measured = {n: farss.measure_layer(n, W, *factors[n], BUDGET, 0.0) for n, W in weights.items()}
-    farss.build_adapters(measured, BUDGET)
-    return tokens(work) / (time.perf_counter() - began)
+
+    @torch.no_grad()
+    def start():
+        factors = farss.kfac_factors(model, work, names)
+        weights = {n: model.get_parameter(f"{n}.weight") for n in names}
+        measured = {n: farss.measure_layer(n, W, *factors[n], BUDGET, 0.0)
+                    for n, W in weights.items()}
+        farss.build_adapters(measured, BUDGET)
+        return tokens(work)
+
+    return start
 
 
 BLOCKS = (4, 8, 16, 32)
@@ -298,12 +437,33 @@ def decompositions(width: int, mlp: int) -> None:
 
 # --------------------------------------------------------------------------------------- measuring
 
-# row: (this project, its peer, the peer's name)
-ROWS: dict[str, tuple[Callable[[str], float], Callable[[str], float], str]] = {
-    "training": (train_here, train_peft, "transformers + peft"),
-    "generation": (generate_here, generate_transformers, "transformers"),
-    "initialisation": (initialise_by_sweep, initialise_whole, "all factors at once"),
+
+class Row(NamedTuple):
+    here: Callable[[str, Work], Timed]
+    there: Callable[[str, Work], Timed]
+    peer: str
+    unit: str = "tokens"
+
+
+ROWS = {
+    "training": Row(train_here, train_peft, "transformers + peft"),
+    "even training": Row(partial(train_here, lengths=EVEN), partial(train_peft, lengths=EVEN),
+                         "transformers + peft"),
+    "generation": Row(generate_here, generate_transformers, "transformers"),
+    "loading": Row(load_here, load_transformers, "transformers", "M weights"),
+    "evaluation": Row(evaluate_here, evaluate_transformers, "transformers", "questions"),
+    "initialisation": Row(initialise_by_sweep, initialise_whole, "all factors at once"),
 }
+
+
+def measure(row: Row, side: int, folder: str, w: Work) -> dict[str, float]:
+    """One side of a row, in this process."""
+    work = (row.there if side else row.here)(folder, w)
+    began, cpu = time.perf_counter(), time.process_time()
+    done = work()
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    return {f"{row.unit}/s": done / seconds, "CPU s": cpu,
+            "peak GB": plan.memory_used("cpu") / 1e9}
 
 
 def fresh(*arguments: str, **environment: str) -> dict[str, float]:
@@ -316,16 +476,28 @@ def fresh(*arguments: str, **environment: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def beside_peers(folder: str, rows: list[str], rounds: int) -> None:
-    print(f"{'':26}{'here':>10}{'peer':>10}{'ratio':>8}")
+def beside_peers(folder: str, rows: list[str], rounds: int, quick: list[str]
+                 ) -> dict[str, dict[str, list[float]]]:
+    """Prints and returns {row: {what: [here, peer, ratio]}}."""
+    results: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        runs = [[fresh(folder, "--measure", row, str(side)) for side in (0, 1)]
+        runs = [[fresh(folder, "--measure", row, str(side), *quick) for side in (0, 1)]
                 for _ in range(rounds)]
-        for what in ("tokens/s", "peak GB"):
-            here, there = (statistics.median(r[side][what] for r in runs) for side in (0, 1))
-            ratio = statistics.median(r[0][what] / r[1][what] for r in runs)
-            print(f"{row + ', ' + what:26}{here:>10.2f}{there:>10.2f}{ratio:>8.2f}  "
-                  f"peer: {ROWS[row][2]}", flush=True)
+        results[row] = {what: [*(statistics.median(r[side][what] for r in runs) for side in (0, 1)),
+                               statistics.median(r[0][what] / r[1][what] for r in runs)]
+                        for what in runs[0][0]}
+        for what, (here, there, ratio) in results[row].items():
+            print(f"{row + ', ' + what:28}{here:>10.2f}{there:>10.2f}{ratio:>8.2f}  "
+                  f"peer: {ROWS[row].peer}", flush=True)
+    return results
+
+
+def machine() -> dict[str, Any]:
+    """What a result depends on besides the code."""
+    peers = {name: version(name) for name in ("transformers", "peft")}
+    return provenance() | peers | {
+        "machine": platform.platform(), "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "dtype": "float32"}
 
 
 def along_blocks() -> None:
@@ -342,7 +514,11 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="a Llama checkpoint in Hugging Face form")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS),
+                        help="default: all, evaluation only with --questions")
+    parser.add_argument("--questions", type=Path, help="of evaluation: .jsonl in NQ-Open's format")
+    parser.add_argument("--json", type=Path, help="write the results to this file, too")
+    parser.add_argument("--quick", action="store_true", help="little work and one round")
     parser.add_argument("--blocks", action="store_true", help="memory against number of blocks")
     parser.add_argument("--starts", action="store_true", help="the start of every method")
     parser.add_argument("--methods", nargs="+", help="of --starts; default: all",
@@ -355,10 +531,10 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--grown", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    work = QUICK if args.quick else Work()
     if args.measure:
-        here, there, _ = ROWS[args.measure[0]]
-        speed = (there if int(args.measure[1]) else here)(args.folder)
-        print(json.dumps({"tokens/s": speed, "peak GB": plan.memory_used("cpu") / 1e9}))
+        row, side = args.measure
+        print(json.dumps(measure(ROWS[row], int(side), args.folder, work)))
     elif args.grown:
         print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]))}))
     elif args.start:
@@ -378,9 +554,25 @@ def main() -> None:
     elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):
         parser.error(f"{args.folder or 'FOLDER'}: no config.json there")
     else:
+        rows = args.rows or [row for row in ROWS if args.questions or row != "evaluation"]
+        if "evaluation" in rows and not (args.questions and args.questions.is_file()):
+            parser.error("evaluation asks the questions of a file: --questions FILE")
+        rounds, quick = (1, ["--quick"]) if args.quick else (args.rounds, [])
         print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-              f"median of {args.rounds} rounds")
-        beside_peers(args.folder, args.rows, args.rounds)
+              f"median of {rounds} rounds")
+        print(f"{'':28}{'here':>10}{'peer':>10}{'ratio':>8}")
+        if args.questions:
+            os.environ["QUESTIONS"] = str(args.questions)
+        results: dict[str, dict[str, list[float]]] = {}
+        for row in rows:
+            with tempfile.TemporaryDirectory() if row == "loading" else nullcontext(
+                    args.folder) as folder:
+                if row == "loading":
+                    random_checkpoint(folder, work)
+                results |= beside_peers(folder, [row], rounds, quick)
+        if args.json:
+            checkpoint.save_json(args.json, machine() | {
+                "folder": args.folder, "rounds": rounds, "work": work._asdict(), "rows": results})
 
 
 if __name__ == "__main__":

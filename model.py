@@ -37,11 +37,18 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a position that carries no loss, as in torch's cross_entropy
-# What every block takes beside x: cos, sin, mask, and the mask of blocks with a window.
-Context = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+WIDE = 512  # width from which training takes the ways of Adapted and Decoder.unpadded: below it
+# they save little, and sums keep the order, so the last bit, that stored results were made with
+CHUNK = 2**24  # logits that exist at a time in a loss, 64 MB in fp32
+# Which keys a query sees: a mask, None for all up to its own, or the lengths of sequences that
+# stand one behind the other in one row.
+Seen = Tensor | list[int] | None
+# What every block takes beside x: cos, sin, what is seen, and what in blocks with a window.
+Context = tuple[Tensor, Tensor, Seen, Seen]
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -222,9 +229,11 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (b, heads, t, head_dim): pair i is (x_i, x_{i + head_dim/2})."""
+    """Rotary embedding of x (b, heads, t, head_dim): pair i is (x_i, x_{i + head_dim/2}).
+
+    The first half of sin is negative already, which spares a pass over x."""
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return x * cos + torch.cat((right, left), dim=-1) * sin
 
 
 class KVCache:
@@ -268,13 +277,17 @@ class KVCache:
         return keys[:, :, : self.end], values[:, :, : self.end]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Seen, scale: float,
            cap: float | None) -> Tensor:
     """softmax(soft_cap(scale q kᵀ)) v, causal: (b, heads, t, head_dim), as q is.
 
-    mask (b, 1, t, T) bool says which keys a query sees; None: all up to its own position. No fused
-    kernel knows the soft cap, so with one the scores (b, heads, t, T) are formed.
+    mask (b, 1, t, T) bool says which keys a query sees; None: all up to its own position; of
+    sequences one behind the other their lengths, each of which sees itself alone. No fused kernel
+    knows the soft cap, so with one the scores (b, heads, t, T) are formed.
     """
+    if isinstance(mask, list):
+        each = zip(q.split(mask, 2), k.split(mask, 2), v.split(mask, 2), strict=True)
+        return torch.cat([attend(*qkv, None, scale, cap) for qkv in each], dim=2)
     b, heads, t, width = q.shape
     groups = heads // k.shape[1]
     if t == 1:  # a group's heads become its queries, so that no key is repeated for them
@@ -306,7 +319,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, config.num_key_value_heads * width, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * width, d, bias=bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Seen,
                 cache: KVCache | None) -> Tensor:
         b, t, _ = x.shape
         q, k, v = (
@@ -352,8 +365,8 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
-                window_mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Seen,
+                window_mask: Seen, cache: KVCache | None = None) -> Tensor:
         mask = window_mask if self.windowed else mask
         y = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         if self.norm_behind:
@@ -377,6 +390,26 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, family.one_plus_norm)
         self.embedding_scale = config.hidden_size**0.5 if family.scaled_embedding else None
 
+    def embed(self, input_ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (b, t, d), and cos and sin (b or 1, 1, t, head_dim) of position (b or 1, t)
+        as `rotate` takes them."""
+        x = self.embed_tokens(input_ids)
+        if self.embedding_scale is not None:
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype, device=x.device)
+        angle = position[:, None, :, None].float() * rope_frequencies(self.config, x.device)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return x, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+    def unpadded(self, input_ids: Tensor, real: Tensor) -> Tensor:
+        """Hidden states (tokens, d) of the real tokens alone of a batch padded on the right.
+
+        They stand one behind the other in one row, so that no product is made of padding;
+        attention takes the sequences apart."""
+        lengths = real.sum(dim=1).tolist()
+        position = torch.arange(input_ids.shape[1], device=real.device).expand_as(real)[real]
+        x, cos, sin = self.embed(input_ids[real][None], position[None])
+        return self.norm(run_blocks(self, self.layers, x, (cos, sin, lengths, lengths)))[0]
+
     def enter(self, input_ids: Tensor, attention_mask: Tensor | None = None,
               cache: KVCache | None = None) -> tuple[Tensor, Context]:
         """The hidden state (b, t, d) before the first block, and the context of all blocks.
@@ -391,13 +424,8 @@ class Decoder(nn.Module):
         t, device = input_ids.shape[1], input_ids.device
         query = torch.arange(t, device=device)[None] if cache is None else cache.reserve(t)
         total = t if cache is None else cache.end
-        x = self.embed_tokens(input_ids)
-        if self.embedding_scale is not None:
-            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype, device=device)
         position = query if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        angle = position[..., None].float() * rope_frequencies(self.config, device)
-        angle = torch.cat((angle, angle), dim=-1)[:, None]  # (b or 1, 1, t, head_dim)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        x, cos, sin = self.embed(input_ids, position)
         window = self.config.sliding_window
         narrow = window is not None and total > window  # the window leaves keys out
         if attention_mask is None and total == t and not narrow:
@@ -484,18 +512,19 @@ class CausalLM(nn.Module):
         """(summed negative log-likelihood in nats, number of labelled tokens).
 
         input_ids, labels (b, t), labels IGNORE where no loss falls. Batches must be padded on the
-        right (ValueError otherwise), and then attention_mask has no further use (see
-        Decoder.enter). `hidden` (b, t, d), if given, is what the last block made of the batch,
-        and no block is run. Logits exist only at the labelled positions and in chunks of at most
-        256 MB in fp32; with more than one chunk, each is computed again in the backward pass
-        rather than kept.
+        right (ValueError otherwise). `hidden` (b, t, d), if given, is what the last block made of
+        the batch, and no block is run. Logits exist only at the labelled positions, and where they
+        are more than CHUNK a chunk at a time: for a frozen head its gradient is taken at once (see
+        ChunkedLoss), else the chunk is computed again in the backward pass.
         """
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("the loss takes batches padded on the right")
-        predicting, target = self.labelled(input_ids, labels, hidden=hidden)
-        rows = max(1, 2**26 // self.config.vocab_size)
+        predicting, target = self.labelled(input_ids, labels, attention_mask, hidden)
+        rows = max(1, CHUNK // self.config.vocab_size)
         if len(target) <= rows:
             return self.nll(predicting, target), len(target)
+        if not any(p.requires_grad for p in self.lm_head.parameters()):
+            return ChunkedLoss.apply(predicting, target, self.nll, rows), len(target)
         chunks = zip(predicting.split(rows), target.split(rows), strict=True)
         return sum(checkpoint(self.nll, h, y, use_reentrant=False) for h, y in chunks), len(target)
 
@@ -512,12 +541,45 @@ class CausalLM(nn.Module):
                  hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states (P, d) that predict the P labelled tokens, and those tokens (P,).
 
-        The attention mask has no use, as in `loss`.
+        attention_mask, of a batch padded on the right, only says what need not be computed.
         """
-        target = labels[:, 1:]
-        keep = target != IGNORE
+        keep = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # where the next token is labelled
+        target = labels[:, 1:][keep[:, :-1]]
+        if (hidden is None and attention_mask is not None and self.training
+                and self.skips_padding(attention_mask)):
+            real = attention_mask.bool()
+            return self.model.unpadded(input_ids, real)[keep[real]], target
         x = self.model(input_ids) if hidden is None else self.model.norm(hidden)
-        return x[:, :-1][keep], target[keep]
+        return x[keep], target
+
+    def skips_padding(self, attention_mask: Tensor) -> bool:
+        """Whether a batch is trained on without its padding: where that is an eighth or more."""
+        window, (b, t) = self.config.sliding_window, attention_mask.shape
+        return (self.config.hidden_size >= WIDE and (window is None or t <= window)
+                and int(attention_mask.sum()) <= b * t * 7 // 8)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Σ nll(hidden, target) of hidden (P, d), `rows` at a time, with its gradient at hidden beside
+    it: the logits of one chunk exist at a time, and are computed once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, target: Tensor, nll: Callable[[Tensor, Tensor], Tensor],
+                rows: int) -> Tensor:
+        total, ctx.gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        for h, y, g in zip(*(x.split(rows) for x in (hidden, target, ctx.gradient)), strict=True):
+            with torch.enable_grad():
+                h = h.detach().requires_grad_()
+                loss = nll(h, y)
+            if ctx.needs_input_grad[0]:
+                g.copy_(torch.autograd.grad(loss, h)[0])
+            total = total + loss.detach()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradient * gradient.to(ctx.gradient.dtype), None, None, None
 
 
 # --------------------------------------------------------------------------------------- RoBERTa
@@ -794,6 +856,46 @@ class Start(NamedTuple):
     d: Tensor | None = None  # (r,); None: ones, which do not train
 
 
+class Adapted(torch.autograd.Function):
+    """y = x Wᵀ + bias + scaling * dropout(x) Aᵀ Bᵀ, where W and the bias are frozen.
+
+    For the backward pass it keeps x, which layers that read it share, dropout's mask in bytes, and
+    z (r a token), not the dropped x and a mask of floats for each layer, and it adds the update in
+    place. A and B act in the dtype of y, as under autocast. With the same seed what is dropped is
+    what F.dropout drops, on the CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
+                scaling: float, dropout: float) -> Tensor:
+        y = F.linear(x, weight, bias)
+        A, B, rows = A.to(y.dtype), B.to(y.dtype), x.reshape(-1, x.shape[-1]).to(y.dtype)
+        mask = None
+        if dropout:
+            mask = torch.empty_like(rows, dtype=torch.uint8).bernoulli_(1 - dropout)
+        ctx.scaling = scaling / (1 - dropout)
+        z = (rows if mask is None else rows * mask.to(y.dtype)) @ A.T
+        y.view(-1, len(weight)).addmm_(z, B.T, alpha=ctx.scaling)
+        ctx.save_for_backward(rows, weight, A, B, mask, z)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, mask, z = ctx.saved_tensors
+        dy, dx, dA, dB = gradient.reshape(-1, len(weight)), None, None, None
+        kept = 1.0 if mask is None else mask.to(x.dtype)
+        dz = ctx.scaling * (dy @ B)
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight.to(dy.dtype)).add_((dz @ A).mul_(kept))
+            dx = dx.view(*gradient.shape[:-1], weight.shape[1])
+        if ctx.needs_input_grad[3]:
+            dA = dz.T @ (x * kept)
+        if ctx.needs_input_grad[4]:
+            dB = ctx.scaling * (dy.T @ z)
+        return dx, None, None, dA, dB, None, None
+
+
 class LoRALinear(nn.Module):
     """y = W_res x + scaling * B A dropout(x) (+ bias)                                    Eq. 1
 
@@ -821,6 +923,9 @@ class LoRALinear(nn.Module):
         self.register_buffer("B0", None if exact is None else exact[1].detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.shape[-1] >= WIDE:
+            return Adapted.apply(x, self.weight, self.bias, *self.update_factors(), self.scaling,
+                                 self.dropout * self.training)
         y = F.linear(x, self.weight, self.bias)
         xa = F.dropout(x, self.dropout, self.training).to(self.A.dtype)
         z = F.linear(xa, self.A)
@@ -830,6 +935,13 @@ class LoRALinear(nn.Module):
         if update.dtype == y.dtype:
             return torch.add(y, update, alpha=self.scaling)
         return y + (self.scaling * update).to(y.dtype)
+
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update, B diag(d) A - B0 A0 in one product."""
+        A, B = self.A, self.B if self.d is None else self.B * self.d
+        if self.A0 is None or self.B0 is None:
+            return A, B
+        return torch.cat((A, self.A0)), torch.cat((B, -self.B0), dim=1)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from tiny import (
     GEMMA2,
+    GQA3,
     KINDS,
     MISTRAL,
     ROPE3,
@@ -24,6 +25,7 @@ import model as M
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
+tight = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)  # of fp64
 load = partial(C.load, device="cpu")  # equalities below are of CPU tensors, also on a GPU machine
 
 
@@ -224,25 +226,54 @@ def test_window_mask_by_hand():
 # ------------------------------------------------------------------------------------------ loss
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("settings", [{}, GEMMA2 | dict(tie_word_embeddings=False)],
+                         ids=["plain", "soft-capped"])
 @pytest.mark.parametrize("rows", [1, 7, 49, 50])
-def test_chunked_loss(rows, monkeypatch):
-    model, batch = tiny_llama(num_hidden_layers=2), tiny_batch([(5, 9), (3, 40), (7, 1)])
-    whole, n = model.loss(**batch)
-    whole.backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+def test_chunked_loss(rows, settings, frozen, monkeypatch):
+    """Beside cross_entropy on all logits; the vocabulary is no multiple of anything here."""
+    model = tiny_llama(num_hidden_layers=2, dtype=torch.float64, **settings)
+    model.lm_head.requires_grad_(not frozen)
+    batch = tiny_batch([(5, 9), (3, 40), (7, 1)])
+    logits = model(batch["input_ids"])[:, :-1]
+    whole = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    (3 * whole).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     seen, nll = [], model.nll
     monkeypatch.setattr(model, "nll", lambda h, y: (seen.append(len(y)), nll(h, y))[1])
-    # Llama.loss reads vocab_size only to size its chunks; the real head stays as it is.
-    model.config = replace(model.config, vocab_size=2**26 // rows)
-    chunked, m = model.loss(**batch)
-    assert seen == [rows] * (n // rows) + [n % rows] * (n % rows > 0) and m == n == 50
-    close(chunked, whole)
-    chunked.backward()
-    # several chunks are computed again in the backward pass, a single one is kept
-    assert sum(seen) == (2 * n if rows < n else n)
-    for name, p in model.named_parameters():
-        close(p.grad, grads[name])
+    monkeypatch.setattr(M, "CHUNK", rows * 258 + 257)
+    chunked, n = model.loss(**batch)
+    assert seen == [rows] * (n // rows) + [n % rows] * (n % rows > 0) and n == 50
+    tight(chunked, whole)
+    (3 * chunked).backward()
+    # With a head that trains chunks are computed again in the backward pass.
+    assert sum(seen) == (2 * n if rows < n and not frozen else n)
+    assert all((p.grad is None) == (name not in grads) for name, p in model.named_parameters())
+    for name, gradient in grads.items():
+        tight(model.get_parameter(name).grad, gradient)
+
+
+@pytest.mark.parametrize("response", [0, 1])
+def test_chunked_loss_of_hardly_a_token(response, monkeypatch):
+    model, batch = tiny_llama(num_hidden_layers=1), tiny_batch([(5, response)])
+    model.lm_head.requires_grad_(False)
+    monkeypatch.setattr(M, "CHUNK", 1)  # a token at a time all the same
+    total, n = model.loss(**batch)
+    assert n == response and (total > 0) == bool(n)
+    total.backward()
+    assert bool(model.model.embed_tokens.weight.grad.any()) == bool(n)
+
+
+def test_chunked_loss_in_a_model_that_does_not_train(llama, monkeypatch):
+    batch = tiny_batch([(5, 9), (3, 40)])
+    whole = llama.loss(**batch)[0].detach()
+    monkeypatch.setattr(M, "CHUNK", 7 * 258)
+    frozen = tiny_llama(num_hidden_layers=2).requires_grad_(False)
+    frozen.load_state_dict(llama.state_dict())
+    close(frozen.loss(**batch)[0], whole)
+    with torch.no_grad():
+        close(llama.loss(**batch)[0], whole)
 
 
 def test_logits_only_where_labelled(llama):
@@ -268,6 +299,47 @@ def test_no_labelled_token(llama):
     llama.zero_grad()
     total.backward()
     assert all(p.grad is None or not p.grad.any() for p in llama.parameters())
+
+
+def losses_and_gradients(model, batch):
+    model.zero_grad()
+    total, n = model.loss(**batch)
+    (total / n).backward()
+    return [total.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("settings", [
+    {}, GQA3, GEMMA2 | dict(sliding_window=None), GEMMA2 | dict(sliding_window=43),
+    MISTRAL | dict(sliding_window=43), dict(rope_scaling=ROPE3)], ids=str)
+def test_training_without_padding_is_training_with_it(settings, checkpointing, monkeypatch):
+    """One text of a token among them; and every token runs once through each product."""
+    model = tiny_llama(num_hidden_layers=2, dtype=torch.float64, **settings).train()
+    model.body.gradient_checkpointing = checkpointing
+    batch, tokens = tiny_batch([(5, 9), (3, 40), (1, 0), (7, 1)]), []
+    model.blocks[1].mlp.register_forward_pre_hook(lambda _, x: tokens.append(x[0].shape[:2]))
+    padded = losses_and_gradients(model, batch)
+    monkeypatch.setattr(M, "WIDE", 0)
+    for mine, theirs in zip(losses_and_gradients(model, batch), padded, strict=True):
+        tight(mine, theirs)
+    again = 1 + checkpointing
+    assert tokens == [(4, 43)] * again + [(1, 66)] * again
+
+
+def test_padding_is_kept_where_it_is_little_or_a_text_is_longer_than_the_window(monkeypatch):
+    monkeypatch.setattr(M, "WIDE", 32)
+    much, little = [(5, 9), (3, 40)], [(10, 9), (10, 9), (10, 9), (10, 9), (10, 3)]  # 6 of 95
+    seen = []
+    for rows, settings, kept in (
+            (much, {}, False), (little, {}, True), (much, dict(hidden_size=31), True),
+            (much, MISTRAL | dict(sliding_window=42), True),
+            (much, MISTRAL | dict(sliding_window=43), False)):
+        model = tiny_llama(num_hidden_layers=1, **settings).train()
+        model.blocks[0].register_forward_pre_hook(lambda _, x: seen.append(len(x[0]) > 1))
+        model.loss(**tiny_batch(rows))
+        assert seen.pop() == kept
+        model.eval().loss(**tiny_batch(rows))
+        assert seen.pop(), "statistics look at positions of the batch"
 
 
 def test_gradient_checkpointing():
@@ -626,6 +698,65 @@ def test_dropout_acts_on_the_adapter_alone_and_only_in_training():
     torch.manual_seed(1)
     close(layer(x), x @ W.T + dropped @ A.T @ B.T)
     close(layer.eval()(x), x @ (W + B @ A).T)
+
+
+def wide_and_plain(layer, x, monkeypatch, wide):
+    """Output and all gradients of a layer, by Adapted or by autograd alone, of the same seed."""
+    monkeypatch.setattr(M, "WIDE", 0 if wide else 10**9)
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    torch.manual_seed(3)
+    y = layer(x)
+    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in layer.named_parameters()
+                                             if p.requires_grad}
+
+
+@pytest.mark.parametrize("frozen", [(), ("A",), ("A", "B")], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 7), (1, 1, 7), (5, 7), (0, 7)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["lora", "exact", "d", "exact and d", "bias"])
+def test_the_wide_layer_is_the_plain_one(kind, dropout, shape, frozen, monkeypatch):
+    """To the last bits of fp64, dropped positions and all; nothing else gets a gradient."""
+    torch.manual_seed(0)
+    W, A, B, d = (torch.randn(*s, dtype=torch.float64) for s in ((5, 7), (3, 7), (5, 3), (3,)))
+    layer = M.LoRALinear(W, A, B, 0.7, dropout, W[:, 0] if kind == "bias" else None,
+                         (A[:2], B[:, :2]) if "exact" in kind else None, d if "d" in kind else None)
+    for part in frozen:
+        getattr(layer, part).requires_grad_(False)
+    x = torch.randn(shape, dtype=torch.float64)
+    plain = wide_and_plain(layer, x, monkeypatch, False)
+    wide = wide_and_plain(layer, x, monkeypatch, True)
+    assert wide.keys() == plain.keys()
+    for name, gradient in plain.items():
+        tight(wide[name], gradient)
+
+
+def test_the_wide_layer_keeps_bytes_of_the_mask_and_no_second_input(monkeypatch):
+    monkeypatch.setattr(M, "WIDE", 0)
+    layer = M.LoRALinear(torch.randn(6, 50), torch.randn(2, 50), torch.randn(6, 2), dropout=0.1)
+    x, kept = torch.randn(4, 9, 50, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        layer(x)
+    rows = [t for t in kept if len(t) == 36]
+    assert sorted((t.dtype.itemsize, t.shape[1]) for t in rows) == [(1, 50), (4, 2), (4, 50)]
+    assert any(t.data_ptr() == x.data_ptr() for t in rows)
+    assert sum(t.numel() for t in kept) == sum(t.numel() for t in rows) + 6 * 50 + 2 * 56
+
+
+def test_the_wide_layer_on_a_bf16_base_multiplies_in_bf16(monkeypatch):
+    torch.manual_seed(0)
+    W, A, B = torch.randn(64, 96).bfloat16(), torch.randn(4, 96), torch.randn(64, 4)
+    layer, x = M.LoRALinear(W, A, B, 0.5, 0.2), torch.randn(33, 96).bfloat16()
+    plain = wide_and_plain(layer, x, monkeypatch, False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        wide = wide_and_plain(layer, x, monkeypatch, True)
+    assert all(wide[n].dtype == plain[n].dtype for n in plain) and wide["A"].dtype == torch.float32
+    assert not any(t.dtype == torch.float32 and len(t) == 33 for t in kept[:6])
+    for name in plain:
+        error = (wide[name].float() - plain[name].float()).norm() / plain[name].float().norm()
+        assert error < 2**-7, name  # some roundings of 2^-9
 
 
 @pytest.mark.parametrize("residual", ["split", "exact"])

@@ -1,0 +1,91 @@
+"""bench.py: both sides of every row do the same work. Nothing here is timed."""
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from tiny import write_checkpoint, write_data
+
+import bench
+import checkpoint as C
+import model as M
+
+TINY = bench.Work(steps=1, prompts=6, new=20, blocks=1, questions=2)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A tiny checkpoint, and the questions of the row evaluation."""
+    monkeypatch.setenv("QUESTIONS", str(write_data(tmp_path / "data") / "nq.jsonl"))
+    return str(write_checkpoint(tmp_path / "tiny", num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("name", [n for n in bench.ROWS if n != "loading"])
+def test_both_sides_do_the_same_amount(name, folder):
+    row = bench.ROWS[name]
+    done = [side(folder, TINY)() for side in (row.here, row.there)]
+    assert done[0] == done[1] > 0
+
+
+def test_training_is_on_the_same_loss(folder, monkeypatch):
+    """The first one, before anything was learnt; dropout falls on adapters that are 0 so far."""
+    losses = []
+    monkeypatch.setattr(bench, "training", lambda model, loss, work: losses.append(
+        [loss(batch).item() for batch in work]))
+    bench.train_here(folder, TINY)
+    bench.train_peft(folder, TINY)
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    assert len(losses[0]) == 2
+
+
+def test_generation_ends_each_sequence_at_its_number(folder, monkeypatch):
+    """transformers goes on with a batch until its last sequence is finished."""
+    seen = []
+    generate = transformers.GenerationMixin.generate
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda self, *a, **k: (
+        seen.append(generate(self, *a, **k)), seen[-1])[1])
+    bench.generate_transformers(folder, TINY)()
+    work, limits = bench.prompts(258, TINY)
+    order = sorted(range(6), key=lambda i: len(work[i]))
+    ours = M.generate(C.load(folder, device="cpu"), work, limits, batch_size=3)
+    for chosen, out in zip((order[:3], order[3:]), seen[1:], strict=True):
+        length = max(len(work[i]) for i in chosen)
+        assert out.shape[1] - length == max(limits[i] for i in chosen)
+        for i, row in zip(chosen, out[:, length:].tolist(), strict=True):
+            assert row[: limits[i]] == ours[i]
+
+
+def test_the_random_checkpoint_is_whole_for_both(tmp_path, monkeypatch):
+    small = M.Config(64, 32, 48, 5, 4, 2, 8, tie_word_embeddings=True)
+    monkeypatch.setitem(C.MODELS, "llama3.2-1b", ("", small))
+    bench.random_checkpoint(str(tmp_path), TINY._replace(blocks=5))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # blocks 0-3, 4, and the rest
+    ours = C.load(tmp_path, torch.float32, "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert bench.millions(ours) == bench.millions(theirs)
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), p, rtol=0, atol=0)
+
+
+def test_results_as_a_file(tmp_path, folder, monkeypatch, capsys):
+    """The median of the ratios is not the ratio of the medians."""
+    speeds = iter([2.0, 1.0, 9.0, 3.0, 4.0, 4.0])  # here and there in turn
+    monkeypatch.setattr(bench, "fresh", lambda *_: {"tokens/s": next(speeds), "peak GB": 1.0})
+    monkeypatch.setattr(sys, "argv", ["bench.py", folder, "--rows", "training", "--json",
+                                      str(tmp_path / "out.json")])
+    bench.main()
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["rows"] == {"training": {"tokens/s": [4.0, 3.0, 2.0], "peak GB": [1.0] * 3}}
+    assert {"commit", "torch", "transformers", "peft", "machine", "cores", "threads"} <= set(written)
+    assert "4.00      3.00    2.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--rows", "evaluation"], ["--questions", "nowhere.jsonl",
+                                                            "--rows", "evaluation"]])
+def test_evaluation_wants_questions(more, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", folder, *more])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2 and "--questions FILE" in capsys.readouterr().err
