@@ -261,10 +261,10 @@ def or_null(check: Check) -> Check:
 
 # What a field of Config must be, by its type.
 CHECKS: dict[Any, Check] = {
-    int: (lambda v: type(v) is int and v > 0, "a positive whole number"),
-    float: (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
+    int: (lambda v: type(v) is int and 0 < v < 2**31, "a positive whole number below 2^31"),
+    float: (lambda v: type(v) in (int, float) and 0 < v < 1e30, "a positive number"),
     bool: (lambda v: type(v) is bool, "true or false"),
-    int | None: or_null((lambda v: type(v) is int and v >= 0, "a token id")),
+    int | None: or_null((lambda v: type(v) is int and 0 <= v < 2**31, "a token id")),
     Probability: (lambda v: type(v) in (int, float) and 0 <= v < 1, "a number in [0, 1)"),
     tuple[int, ...]: (lambda v: all(type(t) is int and t >= 0 for t in v),
                       "a token id or a list of them"),
@@ -272,6 +272,7 @@ CHECKS: dict[Any, Check] = {
 CHECKS |= {float | None: or_null(CHECKS[float]), Count: or_null(CHECKS[int]),
            Probability | None: or_null(CHECKS[Probability])}
 ANYTHING: Check = (lambda v: True, "")
+MOST_BLOCKS, WIDEST = 1000, 2**24
 # Fields that other fields decide where the file leaves them out; those stand before them in Config.
 DERIVED = {
     "num_key_value_heads": lambda value: value["num_attention_heads"],
@@ -327,6 +328,10 @@ def read_config(folder: str | Path) -> Config:
             shown = "eos_token_id" if name == "eos_token_ids" else name
             raise UserError(f"{path}: {shown} must be {what}, not {value[name]!r}")
     heads, kv_heads = value["num_attention_heads"], value["num_key_value_heads"]
+    sizes = {name: value[name] for name in REQUIRED} | {"heads x width": heads * value["head_dim"]}
+    for name, size in sizes.items():  # no model is near, and more cannot even be laid out
+        if size > (MOST_BLOCKS if name == "num_hidden_layers" else WIDEST):
+            raise UserError(f"{path}: {name} {size} is more than any model has")
     if heads % kv_heads or (said.get("head_dim") is None and defaults.get("head_dim") is None
                             and value["hidden_size"] % heads):
         raise UserError(f"{path}: {heads} attention heads fit neither {kv_heads} key-value heads "
@@ -406,7 +411,7 @@ def weight_files(folder: str | Path) -> list[str]:
             raise UserError(f"{index}: no weight_map")
         for name in weight_map.values():
             inside = isinstance(name, str) and Path(name).name == name and "\\" not in name
-            if not inside or name in ("", ".", ".."):
+            if not inside or name in ("", ".", "..") or len(name) > 255:
                 raise UserError(f"{index}: shard {name!r} points outside the folder")
         return list(dict.fromkeys(weight_map.values()))
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
@@ -424,6 +429,7 @@ def fingerprint(folder: str | Path) -> str:
     parts = {}
     for file in weight_files(folder):
         path = Path(folder) / file
+        check_ends(path)
         try:
             with safe_open(path, "pt") as shard:
                 for name in shard.keys():  # noqa: SIM118
@@ -456,6 +462,7 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
         path = Path(folder) / file
         if not path.exists():
             raise UserError(f"{path}: named by the index, but not there")
+        check_ends(path)
         try:
             with safe_open(path, "pt") as shard:
                 shapes = {n: tuple(shard.get_slice(n).get_shape()) for n in shard.keys()}  # noqa: SIM118
@@ -506,7 +513,8 @@ def read_tensors(stored: dict[str, Stored], dtype: torch.dtype, device: str | to
                  ) -> dict[str, Tensor]:
     """Those tensors, file by file, converted one at a time on the way in.
 
-    Raises UserError for one that is not of floats, or has a value that `dtype` cannot hold.
+    Raises UserError for one that is not of floats, or has a value that is not finite or that
+    `dtype` cannot hold.
     """
     tensors: dict[str, Tensor] = {}
     total = sum(math.prod(s.shape) for s in stored.values())
@@ -521,16 +529,20 @@ def read_tensors(stored: dict[str, Stored], dtype: torch.dtype, device: str | to
                                     "not supported, use the fp16/bf16/fp32 one")
                 # copy=True: never keep a view of the file, which may change under us.
                 tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
-                if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
-                    check_overflow(path, name, tensor, tensors[name])
+                check_finite(path, name, tensor, tensors[name])
                 bar.update(tensor.numel())
     bar.close()
     return tensors
 
 
-def check_overflow(path: Path, name: str, before: Tensor, after: Tensor) -> None:
-    """UserError if a finite number became infinite by conversion."""
-    if not after.isfinite().all() and before.isfinite().all():
+def check_finite(path: Path, name: str, before: Tensor, after: Tensor) -> None:
+    """UserError if a tensor holds a number that is not finite, or one that became so by
+    conversion."""
+    if not after.numel() or all(bool(x.isfinite()) for x in after.aminmax()):  # NaN is either
+        return
+    if not before.isfinite().all():
+        raise UserError(f"{path}: {name} holds a number that is not finite")
+    else:
         raise UserError(f"{path}: {name} holds {before.abs().max().item():.3g}, more than "
                         f"{after.dtype} can; load it as float32")
 
@@ -615,7 +627,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype | None = None,
         config = replace(config, labels=tuple(labels))
     model = empty(config)
     expected = {n: tuple(p.shape) for n, p in model.named_parameters()}  # a tied head counts once
-    stored = stored_tensors(folder)
+    stored, found = stored_tensors(folder), fingerprint(folder)
     if config.tie_word_embeddings:
         check_tied(stored)
     head, rows = whole_parameters(model), head_order(stored, own.labels, config.labels)
@@ -640,6 +652,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype | None = None,
     model.load_state_dict(tensors, assign=True, strict=True)
     if isinstance(model, CausalLM) and config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    model.fingerprint = found
     return model.requires_grad_(False).eval()
 
 
@@ -699,7 +712,9 @@ def save_adapter(path: str | Path, model: nn.Module, initial: dict[str, tuple[Te
     scalings = {n: layer.scaling for n, layer in adapted_layers(model).items()}
     alike = len(set(scalings.values())) == 1
     scaling = next(iter(scalings.values())) if alike else scalings
-    save_sealed(path, tensors, "adapter", {"scaling": scaling, "residual": residual})
+    base = getattr(model, "fingerprint", None)
+    save_sealed(path, tensors, "adapter", {"scaling": scaling, "residual": residual}
+                | ({"base": base} if base else {}))
 
 
 class Adapter(NamedTuple):
@@ -717,20 +732,39 @@ class Adapter(NamedTuple):
 def read_adapter(model: nn.Module, path: str | Path) -> Adapter:
     """A saved adapter, checked against the untouched base model, which may be on the meta device.
 
-    Raises UserError if the file is damaged or does not fit the model.
+    Raises UserError if the file is damaged, does not fit the model, or was made for other weights.
     """
     tensors, how = load_sealed(path, "adapter")
     names = [key[:-2] for key in tensors if key.endswith(".A")]
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    left = set(tensors) - set(whole_parameters(model))
     for name in names:
-        A, B = tensors[f"{name}.A"], tensors.get(f"{name}.B")
-        if name not in linears or B is None:
+        if name not in linears or f"{name}.B" not in tensors:
             raise UserError(f"{path}: adapts {name}, which the base model does not have")
-        if (B.shape[0], A.shape[1]) != tuple(linears[name].weight.shape):
-            raise UserError(f"{path}: {name} is {B.shape[0]} x {A.shape[1]}, the base model's "
-                            f"is {tuple(linears[name].weight.shape)}; wrong base model?")
+        (m, n), r = linears[name].weight.shape, len(tensors[f"{name}.A"])
+        fits = {"A": (r, n), "B": (m, r), "d": (r,)}
+        parts = {key: tensors.get(f"{name}.{key}") for key in ("A", "B", "d", "A0", "B0")}
+        found = {key: tuple(t.shape) for key, t in parts.items() if t is not None}
+        r0 = found.get("A0", (r,))[0]
+        fits |= {"A0": (r0, n), "B0": (m, r0)}
+        if ("A0" in found) != ("B0" in found) or any(found[k] != fits[k] for k in found):
+            raise UserError(f"{path}: {name} has {found}, which does not fit the base model's "
+                            f"{m} x {n}; wrong base model?")
+        left -= {f"{name}.{key}" for key in found}
     if not names:
         raise UserError(f"{path}: adapts no layer")
+    if left:
+        raise UserError(f"{path}: holds {min(left)}, which is no part of an adapter")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds what is no finite number")
+    scaling = how.get("scaling")
+    each = [scaling.get(n) for n in names] if isinstance(scaling, dict) else [scaling]
+    if how.get("residual") not in ("split", "exact") or any(
+            type(x) not in (int, float) or not 0 < x < 1e30 for x in each):
+        raise UserError(f"{path}: scaling {str(scaling)[:40]}, residual {how.get('residual')!r} "
+                        "cannot be")
+    check_same_base(model, how.get("base"), path)
     for name, p in whole_parameters(model).items():
         if name not in tensors or tensors[name].shape != p.shape:
             raise UserError(f"{path}: has no {name} of shape {tuple(p.shape)}; another task?")
@@ -738,6 +772,14 @@ def read_adapter(model: nn.Module, path: str | Path) -> Adapter:
                        tensors.get(f"{n}.B0"), tensors.get(f"{n}.d")) for n in names}
     return Adapter(starts, {n: tensors[n] for n in whole_parameters(model)}, how["scaling"],
                    how["residual"])
+
+
+def check_same_base(model: nn.Module, other: str | None, where: str | Path) -> None:
+    """UserError unless a model has the weights of that fingerprint, where both are known."""
+    mine = getattr(model, "fingerprint", None)
+    if mine and other and mine != other:
+        raise UserError(f"{where}: is of the base model {other}, and this one is {mine}; the two "
+                        "have other weights")
 
 
 def put_adapter(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> None:
@@ -767,7 +809,8 @@ def unload(model: nn.Module, folder: str | Path) -> None:
 
     W is read once more from the base's `folder`, as `load` read it; a layer with residual="exact"
     still has it. A classification head that was trained stays. Afterwards `load_adapter` puts the
-    same or another adapter on. Raises UserError, and changes nothing, if the folder lacks a weight.
+    same or another adapter on. Raises UserError, and changes nothing, if the folder lacks a weight
+    or holds other weights than those that the adapter was put on.
     """
     layers, stored = adapted_layers(model), stored_tensors(folder)
     for name, layer in layers.items():
@@ -775,6 +818,7 @@ def unload(model: nn.Module, folder: str | Path) -> None:
         if found is None or found.shape != tuple(layer.weight.shape):
             raise UserError(f"{folder}: has no {name}.weight of shape "
                             f"{tuple(layer.weight.shape)}; wrong base model?")
+    check_same_base(model, fingerprint(folder), folder)
     for name, layer in layers.items():
         weight = f"{name}.weight"
         put_linear(model, name, layer.weight if layer.A0 is not None else read_tensors(
@@ -784,13 +828,22 @@ def unload(model: nn.Module, folder: str | Path) -> None:
 # ---------------------------------------------------------------------- files, whole or not
 
 
+def check_ends(path: Path) -> None:
+    """UserError for a pipe or device, which may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: a pipe or device, not a file")
+
+
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file; UserError when it is missing, broken or not an object."""
     try:
+        check_ends(Path(path))
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # 5,000 digits, a depth of 100,000
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not a JSON object")
@@ -931,6 +984,7 @@ def raw_bytes(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Any
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata."""
+    check_ends(Path(path))
     try:
         with safe_open(path, "pt") as file:
             # clone: never keep a view of the file, which may change under us.
@@ -945,6 +999,17 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # ------------------------------------------------------------------------------ the tokenizer
 
 
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Whatever tokenizers raises, a UserError: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} ({error})") from None
+
+
 class Tokenizer:
     """tokenizer.json of a checkpoint, with the BOS rule made explicit.
 
@@ -957,22 +1022,25 @@ class Tokenizer:
         if not path.exists():
             raise UserError(f"{path}: no such file; sentencepiece-only checkpoints need a "
                             "tokenizer.json (transformers' AutoTokenizer writes one)")
-        try:
+        check_ends(path)
+        with one_line(f"{path}: not a readable tokenizer"):
             self.hf = HFTokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception for every parse error
-            raise UserError(f"{path}: not a readable tokenizer ({error})") from None
-        self.hf.no_truncation()
-        self.hf.no_padding()
+            self.hf.no_truncation()
+            self.hf.no_padding()
+            # An added special token may lie above the embedding, as Llama 2's first <pad> did:
+            # plain text does not give it.
+            special = {i for i, t in self.hf.get_added_tokens_decoder().items() if t.special}
+            vocabulary = set(self.hf.get_vocab().values())
+            plain, whole = (self.hf.encode("a", add_special_tokens=special).ids
+                            for special in (False, True))
         self.rows = config.vocab_size
-        # An added special token may lie above the embedding, as Llama 2's first <pad> did: plain
-        # text does not give it.
-        special = {i for i, t in self.hf.get_added_tokens_decoder().items() if t.special}
-        self.check_rows(path, set(self.hf.get_vocab().values()) - special)
+        self.check_rows(path, vocabulary - special)
         # What stands before the text, [bos] or []; some templates add EOS behind it, too.
-        plain, whole = (self.hf.encode("a", add_special_tokens=special).ids
-                        for special in (False, True))
-        self.prefix = next(whole[:i] for i in range(len(whole) + 1)
-                           if whole[i : i + len(plain)] == plain)
+        prefix = next((whole[:i] for i in range(len(whole) + 1)
+                       if whole[i : i + len(plain)] == plain), None)
+        if prefix is None:
+            raise UserError(f"{path}: its post-processor changes the text")
+        self.prefix = prefix
         if FAMILIES[config.model_type].encoder and not self.prefix:
             raise UserError(f"{path}: its post-processor puts no token in front of a text, and a "
                             f"{config.model_type} reads the class off that one")
@@ -980,7 +1048,8 @@ class Tokenizer:
         named = Path(folder) / "tokenizer_config.json"
         eos = read_json(named).get("eos_token") if named.exists() else None
         eos = eos.get("content") if isinstance(eos, dict) else eos
-        eos_id = self.hf.token_to_id(eos) if isinstance(eos, str) else None
+        known = isinstance(eos, str) and eos.encode("utf-8", "replace").decode() == eos
+        eos_id = self.hf.token_to_id(eos) if known else None
         if eos is not None and eos_id is None:
             raise UserError(f"{named}: eos_token {eos!r} is not a token of tokenizer.json")
         if eos_id is None and not self.eos_ids:

@@ -56,6 +56,7 @@ from settings import (
     base_of,
     default_task,
     finished,
+    flat_scores,
     for_task,
     is_out_of_memory,
     is_run,
@@ -63,6 +64,7 @@ from settings import (
     model_name,
     preset,
     provenance,
+    read_results,
     read_run,
     run_main,
     use_threads,
@@ -502,10 +504,10 @@ def epoch_scores(run: Path) -> list[dict[str, float | None]]:
 def best_and_last(epochs: list[dict[str, float | None]]) -> Iterable[str]:
     """GLUE papers differ in which epoch they report: both, and what the best is chosen on."""
     for b in epochs[0] if epochs else ():
-        scores = [-math.inf if (score := e[b]) is None else score for e in epochs]
+        scores = [-math.inf if (score := e.get(b)) is None else score for e in epochs]
         best = max(scores)
         if math.isfinite(best):
-            yield (f"{b}: last epoch {shown(epochs[-1][b])}, best epoch {best:.2f} (number "
+            yield (f"{b}: last epoch {shown(epochs[-1].get(b))}, best epoch {best:.2f} (number "
                    f"{scores.index(best) + 1} of {len(scores)}, chosen on the set it is scored on)")
 
 
@@ -713,22 +715,13 @@ def load_target(target: Target, dtype: str | None, device: str | None) -> M.Mode
     return model
 
 
-def read_results(path: str | Path) -> dict:
-    """results.json of a run folder, or of the file itself."""
-    path = Path(path)
-    path = path / "results.json" if path.is_dir() else path
-    results = checkpoint.read_json(path)
-    if not isinstance(results.get("benchmarks"), dict):
-        raise UserError(f"{path}: not a results.json of eval.py")
-    return results
-
-
 def scores_in(results: dict, group: str | None = None) -> dict[str, float]:
     """{column: score} of all benchmarks, or of those of a group, NaN for an undefined one. Most
     have a single column, by their own name."""
-    return {column: math.nan if score is None else score for b, r in results["benchmarks"].items()
-            if group is None or BENCHMARKS[b].group == group
-            for column, score in (r["scores"] if "scores" in r else {b: r["score"]}).items()}
+    chosen = {b: r for b, r in results["benchmarks"].items()
+              if group is None or BENCHMARKS[b].group == group}
+    return {column: math.nan if score is None else score
+            for column, score in flat_scores(chosen).items()}
 
 
 def task_of(about: dict) -> str:
@@ -909,7 +902,7 @@ def table(runs: list[dict]) -> Iterable[str]:
         cells += [shown(r["summary"][k]) if k in r["summary"] else "-"
                   for k in ("Avg", "K", "T", "KT")]
         count = f"{r['trainable'] / 1e6:.2f}M" if r.get("trainable") else "-"
-        yield f"{r['method']:10}{count:>11}" + "".join(
+        yield f"{r.get('method', '-'):10}{count:>11}" + "".join(
             f"{cell:>{width[c]}}" for c, cell in zip(columns, cells, strict=True))
 
 

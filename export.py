@@ -48,7 +48,19 @@ from model import (
     empty,
     whole_parameters,
 )
-from settings import DTYPES, Parser, Settings, base_of, finished, for_task, read_run, run_main
+from settings import (
+    DTYPES,
+    Parser,
+    Settings,
+    base_of,
+    finished,
+    flat_scores,
+    for_task,
+    read_ranks,
+    read_results,
+    read_run,
+    run_main,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in front of every name in a file of peft
@@ -101,6 +113,7 @@ def open_run(run: Path, base: str | None = None) -> Source:
     folder = run / "model" if whole else base_of(run, s, recorded, base)
     config = for_task(checkpoint.read_config(folder), s.task)
     model = empty(config)
+    model.fingerprint = checkpoint.fingerprint(folder)
     adapter = (Adapter({}, {}, 1.0, s.residual) if whole else
                checkpoint.read_adapter(model, run / "adapter.safetensors"))
     expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -195,8 +208,10 @@ def rounding_note(source: Source) -> str:
     """What a LoRA on the untouched W cannot hold; empty where that is nothing."""
     if not source.was_rounded:
         return ""
-    layers = read_json(source.run / "ranks.json").get("layers", {}).values()
-    lost = sorted(layer["residual_rounding"] for layer in layers)
+    layers = read_ranks(source.run)["layers"].values()
+    lost = sorted(layer["residual_rounding"] for layer in layers if "residual_rounding" in layer)
+    if not lost:
+        raise UserError(f"{source.run / 'ranks.json'}: says nothing of residual_rounding")
     return (f"the run computed with W_res rounded to {source.settings.dtype}, which lost "
             f"{lost[len(lost) // 2]:.1e} of ‖scaling·B0 A0‖ in the median layer; on the untouched "
             "W nothing is lost, and outputs differ by as much. --format merged has the run's own")
@@ -372,9 +387,8 @@ def scores(source: Source) -> list[str]:
     path = source.run / "results.json"
     if not path.exists():
         return []
-    results = read_json(path)
-    cells = {name: b.get("score") for name, b in results.get("benchmarks", {}).items()}
-    cells |= results.get("summary", {})
+    results = read_results(path)
+    cells = flat_scores(results["benchmarks"]) | results.get("summary", {})
     if not cells:
         return []
     return ["## Scores", "", "By eval.py, of the run itself (K, T, KT: Eq. 36-38 of the paper).",
@@ -431,6 +445,8 @@ def read_peft(model: nn.Module, folder: str | Path) -> Adapter:
     for key in tensors:
         name, _, end = key.removeprefix(PREFIX).rpartition(".lora_")
         if key.startswith(PREFIX) and name in linears and end in ("A.weight", "B.weight"):
+            if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
+                raise UserError(f"{path}: {key} holds what is no finite number")
             pairs.setdefault(name, {})[end[0]] = tensors[key].float()
         elif not key.startswith(PREFIX) or key.removeprefix(PREFIX) not in whole:
             raise UserError(f"{path}: {key} is no part of a plain LoRA of this model")
@@ -454,14 +470,20 @@ def read_peft(model: nn.Module, folder: str | Path) -> Adapter:
 def rank_and_alpha(raw: dict[str, Any], name: str, path: Path) -> tuple[int, float]:
     """A layer's rank and alpha: the first pattern that its name ends in, else the one for all."""
     def of(patterns: str, default: str) -> Any:
+        given = raw.get(patterns) or {}
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: {patterns} is not readable (no object)")
+        hard = [k for k in given if len(k) > 1000 or re.search(r"\)[*+{]|([*+{].*){4}", k)]
+        if hard:  # a name could be matched in more ways than there is time to try
+            raise UserError(f"{path}: {patterns} {hard[0][:40]!r} is more than a layer's name")
         try:
-            return next((v for key, v in (raw.get(patterns) or {}).items()
+            return next((v for key, v in given.items()
                          if re.fullmatch(rf"(.*\.)?({key})", name)), raw.get(default, 8))
-        except (re.error, AttributeError) as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise UserError(f"{path}: {patterns} is not readable ({error})") from None
 
     r, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
-    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not abs(alpha) < 1e30:
         raise UserError(f"{path}: {name} has rank {r!r} and alpha {alpha!r}")
     return r, alpha
 

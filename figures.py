@@ -7,7 +7,6 @@
 Everything is told apart by shape, line style or brightness too, for who prints in grey.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -15,10 +14,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from safetensors.torch import load_file
-
 import checkpoint
+import data
+from checkpoint import UserError
 from farss import block_index
+from settings import is_score, read_ranks
 
 METHOD = Path(__file__).resolve().parent / "method.svg"
 MISSING = "no pictures: pip install matplotlib"
@@ -114,8 +114,17 @@ def draw_curves(pyplot: Any, curves: dict[str, list[dict]], groups: dict[str, st
 
 def read_log(run: Path) -> list[dict]:
     """log.jsonl, one dict a step; nothing where there is none."""
-    log = run / "log.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    path = run / "log.jsonl"
+    checkpoint.check_ends(path)
+    lines = []
+    for i, line in enumerate(data.read_file(path), 1) if path.exists() else ():
+        numbers = [line.fields.get(key) for key in ("step", "loss")]
+        several = [line.fields.get(key, {}) for key in ("validation", "scores")]
+        if None in numbers or not all(is_score(x) for x in numbers) or not all(
+                isinstance(x, dict) and all(map(is_score, x.values())) for x in several):
+            raise UserError(f"{path}:{i}: no line of train.py's")
+        lines.append(line.fields)
+    return lines
 
 
 def draw_run(pyplot: Any, run: Path) -> Iterator[Path]:
@@ -124,10 +133,11 @@ def draw_run(pyplot: Any, run: Path) -> Iterator[Path]:
         draw_loss(pyplot, log, run / "loss.png")
         yield run / "loss.png"
     if (run / "ranks.json").exists():
-        draw_ranks(pyplot, json.loads((run / "ranks.json").read_text()), run / "ranks.png")
+        draw_ranks(pyplot, read_ranks(run), run / "ranks.png")
         yield run / "ranks.png"
     if (run / "spectra.safetensors").exists():
-        draw_spectra(pyplot, load_file(run / "spectra.safetensors"), run / "spectra.png")
+        spectra = checkpoint.load_tensors(run / "spectra.safetensors")[0]
+        draw_spectra(pyplot, spectra, run / "spectra.png")
         yield run / "spectra.png"
 
 

@@ -479,6 +479,8 @@ class CausalLM(nn.Module):
     out of the last one.
     """
 
+    fingerprint: str | None = None  # of the checkpoint whose weights it has
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -715,6 +717,7 @@ class Roberta(nn.Module):
     The same `enter`, `blocks`, `labelled`, `loss` as CausalLM's let farss.sweep run it.
     """
 
+    fingerprint: str | None = None  # of the checkpoint whose weights it has
     whole = ("classifier",)  # what trains in full beside adapters, since it starts from nothing
 
     def __init__(self, config: Config):

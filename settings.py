@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -358,8 +359,10 @@ def source_of(name: str, s: Settings, row: Preset, flags: dict[str, Any]) -> str
     return next(f.metadata["source"] for f in fields(Settings) if f.name == name)
 
 
-def origins(s: Settings, config: Config, flags: dict[str, Any]) -> list[str]:
-    """Where a run's settings come from: one line for each source, the paper's sections first."""
+def origins(s: Settings, config: Config, flags: dict[str, Any], run: Path | None = None
+            ) -> list[str]:
+    """Where a run's settings come from: one line for each source, the paper's sections first;
+    all of them from the `run` that is repeated, but for the flags."""
     known = known_as(s.model, config)
     said: dict[str, list[str]] = {}
     for name, value in asdict(s).items():
@@ -369,7 +372,8 @@ def origins(s: Settings, config: Config, flags: dict[str, Any]) -> list[str]:
         if name == "shallow":
             number = "auto" if value == AUTO else value
             shown = f"{number} of {config.num_hidden_layers} blocks"
-        source = source_of(name, s, preset(known, s.task), flags)
+        source = (str(run) if run and name not in flags else
+                  source_of(name, s, preset(known, s.task), flags))
         said.setdefault(source, []).append(f"{name.replace('_', ' ')} {shown}")
     titles = {source: f"the paper, {source}" if re.match(r"[A\d]\.?\d", source) else
               "chosen here" if source == "here" else source for source in said}
@@ -413,15 +417,20 @@ class Parser(argparse.ArgumentParser):
 PARSERS: dict[str, Callable[[str], Any]] = {"shallow": number_of_blocks}
 
 
+def choices() -> dict[str, tuple[str, ...]]:
+    """What a setting that names something may name."""
+    return {"method": tuple(METHODS), "task": tuple(data.TASKS), "dtype": tuple(DTYPES),
+            "fisher": ("empirical", "sampled"), "residual": ("split", "exact"),
+            "freeze": tuple(FROZEN)}
+
+
 def training_arguments(description: str | None, argv: list[str] | None = None
                        ) -> argparse.Namespace:
     """The command line of train.py: a flag for every setting, and those of the run itself."""
     parser = Parser(description)
     starts = {"model": "what", "rank": "initialisation (sections 3.2 and 3.3)",
               "lr": "training", "dtype": "machine"}
-    choices = {"method": tuple(METHODS), "task": tuple(data.TASKS), "dtype": tuple(DTYPES),
-               "fisher": ("empirical", "sampled"), "residual": ("split", "exact"),
-               "freeze": tuple(FROZEN)}
+    named = choices()
     for f in fields(Settings):
         if f.name in starts:
             group = parser.add_argument_group(starts[f.name])
@@ -431,8 +440,8 @@ def training_arguments(description: str | None, argv: list[str] | None = None
         default = where if f.default is None else f"; default {shown}{where}"
         more: dict[str, Any] = (
             dict(action=argparse.BooleanOptionalAction) if f.type is bool else
-            dict(type=PARSERS.get(f.name, f.type), choices=choices.get(f.name),
-                 metavar=None if f.name in choices else f.name.upper()))
+            dict(type=PARSERS.get(f.name, f.type), choices=named.get(f.name),
+                 metavar=None if f.name in named else f.name.upper()))
         group.add_argument("--" + f.name.replace("_", "-"), default=None,
                            help=f.metadata["help"] + default, **more)
     group = parser.add_argument_group("run")
@@ -440,8 +449,11 @@ def training_arguments(description: str | None, argv: list[str] | None = None
                        "(default runs/<model>-<task>-<method>-s<seed>)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="continue a stopped run with "
                        "its own settings; of the others only " + ", ".join(MACHINE) + " may change")
-    group.add_argument("--base", metavar="FOLDER", help="with --resume: where the base model is "
-                       "now, if not where it was")
+    group.add_argument("--from-run", type=Path, metavar="RUN", help="a new run with all settings "
+                       "of this one, its micro-batch and threads, too; other flags go on top. On "
+                       "a CPU the same adapter to the bit")
+    group.add_argument("--base", metavar="FOLDER", help="with --resume and --from-run: where the "
+                       "base model is now, if not where it was")
     group.add_argument("--dry-run", action="store_true", help="print the plan and stop: "
                        "parameters, ranks, steps, memory; needs no weights")
     group.add_argument("--memory", type=float, metavar="GB", help="with --dry-run: of the card "
@@ -449,11 +461,18 @@ def training_arguments(description: str | None, argv: list[str] | None = None
     args = parser.parse_args(argv)
     if args.memory is not None and not (args.dry_run and 0 < args.memory < math.inf):
         parser.error("--memory goes with --dry-run, and is a number of GB above 0")
-    if args.resume and (set(given(args)) - set(MACHINE) or args.out or args.dry_run):
-        parser.error("--resume takes its settings from the run; give no other option but "
-                     + ", ".join(MACHINE))
-    if args.base and not args.resume:
-        parser.error("--base goes with --resume; a new run has --model")
+    other = [*sorted(set(given(args)) - set(MACHINE)),
+             *(name for name in ("out", "dry_run", "from_run") if getattr(args, name))]
+    if args.resume and other:
+        parser.error(f"--{other[0].replace('_', '-')}: --resume takes its settings from the run; "
+                     "give no other option but " + ", ".join(MACHINE))
+    fixed = [name for name in ("model", "task", "official", "match_params")
+             if args.from_run and getattr(args, name)]
+    if fixed:
+        parser.error(f"--{fixed[0].replace('_', '-')} decides other settings, which --from-run "
+                     "takes from the run; start a run of its own with it")
+    if args.base and not (args.resume or args.from_run):
+        parser.error("--base goes with --resume and --from-run; a new run has --model")
     return args
 
 
@@ -464,8 +483,11 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
-    """The settings of a run: the defaults, the row for this model and task, then the flags."""
+    """The settings of a run: the defaults, the row for this model and task, then the flags; or
+    those of --from-run, then the flags."""
     flags = given(args)
+    if args.from_run:
+        return settle_from(args.from_run, flags, args.base)
     model, config, known, task = chosen_model(flags)
     method = flags.get("method", Settings.method)
     row = {name: value for name, value in preset(known, task).settings.items()
@@ -490,6 +512,21 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
             raise UserError("--match-params chooses the rank; give no --rank")
         s = replace(s, rank=matched_rank(s, config))
     return replace(s, alpha=float(s.rank if s.alpha is None else s.alpha)), config
+
+
+def settle_from(run: Path, flags: dict[str, Any], base: str | None
+                ) -> tuple[Settings, Config]:
+    """The settings of a run with flags on top; another rank keeps the scaling alpha / R."""
+    s, recorded = read_run(run)
+    config = for_task(checkpoint.read_config(base_of(run, s, recorded, base)), s.task)
+    threads = recorded.get("threads", "")
+    more: dict[str, Any] = {"threads": int(threads)} if str(threads).isdecimal() else {}
+    if "shallow" in flags:
+        more["shallow"] = whole_blocks(flags["shallow"], config)
+    more["alpha"] = (s.alpha or s.rank) / s.rank * flags.get("rank", s.rank)
+    s = replace(s, **(more | {k: v for k, v in flags.items() if k != "shallow"}))
+    check(s, config)
+    return s, config
 
 
 def whole_blocks(shallow: float, config: Config) -> int:
@@ -594,8 +631,9 @@ def provenance() -> dict[str, str]:
         dirty = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     except OSError:
         commit, dirty = "unknown", ""
+    versions = {name: version(name) for name in ("tokenizers", "safetensors")}
     return {"commit": commit + ("-modified" if dirty else ""), "torch": torch.__version__,
-            "python": platform.python_version(), "threads": str(torch.get_num_threads())}
+            "python": platform.python_version(), "threads": str(torch.get_num_threads())} | versions
 
 
 def model_name(model: str) -> str:
@@ -618,6 +656,54 @@ def finished(run: Path) -> bool:
     return result and not (run / "checkpoint").exists()
 
 
+def is_score(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
+
+
+def read_results(path: str | Path) -> dict:
+    """results.json of a run folder, or of the file itself; UserError for what eval.py does not
+    write."""
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    results = checkpoint.read_json(path)
+    found = results.get("benchmarks")
+    each = [found, results.get("summary", {}), *(found.values() if isinstance(found, dict) else ())]
+    if not all(isinstance(x, dict) for x in each):
+        raise UserError(f"{path}: not a results.json of eval.py")
+    results.setdefault("summary", {})
+    if not isinstance(results.get("method", ""), str) or not is_score(results.get("trainable")):
+        raise UserError(f"{path}: method or trainable is not what eval.py writes")
+    several = [{} if "score" in b else b.get("scores") for b in each[2:]]
+    several += [b.get("parts", {}) for b in each[2:]]
+    single = [b.get(key) for b in each[2:] for key in ("score", "answer_loss")]
+    if not all(isinstance(x, dict) for x in several) or not all(
+            is_score(v) for x in (each[1], *several) for v in x.values()) or not all(
+            is_score(v) for v in single) or any(
+            v is None for b in each[2:] for v in b.get("parts", {}).values()):
+        raise UserError(f"{path}: holds a score that is no number")
+    return results
+
+
+def flat_scores(benchmarks: dict[str, dict]) -> dict[str, float | None]:
+    """{column: score} of the benchmarks of a results.json. Most have a single column, by their own
+    name; those with several `scores` one for each."""
+    return {column: score for name, b in benchmarks.items()
+            for column, score in ({name: b["score"]} if "score" in b else b["scores"]).items()}
+
+
+def read_ranks(run: Path) -> dict[str, Any]:
+    """ranks.json of a run; UserError for what train.py does not write."""
+    path = run / "ranks.json"
+    report = checkpoint.read_json(path)
+    layers = report.get("layers")
+    if not isinstance(layers, dict) or not layers or not all(
+            isinstance(x, dict) and type(x.get("r")) is int and 0 < x["r"] < 2**24
+            and is_score(x.get("residual_rounding")) and re.search(r"(^|\.)layers?\.\d{1,4}\.", name)
+            for name, x in layers.items()) or type(report.get("shallow_blocks", 0)) is not int:
+        raise UserError(f"{path}: not a ranks.json of train.py")
+    return report
+
+
 def write_run(run: Path, s: Settings, more: dict[str, Any]) -> None:
     """run.json: every setting, versions, commit, and `more`."""
     checkpoint.save_json(run / "run.json", {"settings": asdict(s)} | more | provenance())
@@ -632,10 +718,28 @@ def read_run(run: Path) -> tuple[Settings, dict[str, Any]]:
     stored, names = recorded.get("settings"), {f.name for f in fields(Settings)}
     if not isinstance(stored, dict) or not {"model", "method"} <= set(stored) <= names:
         raise UserError(f"{run / 'run.json'}: not written by this version of train.py")
+    check_types(run / "run.json", recorded)
     missing = sorted(names - set(stored))
     if missing:
         print(f"{run / 'run.json'}: of an older version; default taken for {', '.join(missing)}")
     return Settings(**stored), recorded
+
+
+def check_types(path: Path, recorded: dict[str, Any]) -> None:
+    """UserError naming what a run.json holds and train.py cannot have written."""
+    stored = recorded["settings"]
+    for f in fields(Settings):
+        kinds = (int, float) if f.type is float else (f.type,)
+        value = stored.get(f.name, f.default)
+        good, what = RANGES.get(f.name, POSITIVE if f.type in (int, float) else ANYTHING)
+        if not (value is None and f.default is None) and (
+                type(value) not in kinds or not good(value)
+                or value not in choices().get(f.name, (value,))):
+            raise UserError(f"{path}: {f.name} {str(value)[:40]!r} cannot be"
+                            + (f"; it is {what}" if what else ""))
+    for name in ("base", "base_fingerprint", "data_sha256", "known_as", "commit", "torch"):
+        if not isinstance(recorded.get(name), str | None):
+            raise UserError(f"{path}: {name} {str(recorded[name])[:40]!r} is no text")
 
 
 def base_of(run: Path, s: Settings, recorded: dict[str, Any], named: str | None = None) -> Path:

@@ -8,6 +8,7 @@
     python train.py --model roberta-base --task glue:sst2       GLUE, scored after every epoch
     python train.py --model FOLDER --task math --data FILE      any model, any questions/answers
     python train.py --resume runs/NAME                          go on where a run was stopped
+    python train.py --from-run runs/NAME --seed 1               the same settings once more
     torchrun --nproc-per-node 8 train.py --model ...            the same on 8 GPUs
 
 A straight script: settings, plan, data, model, initialisation, training loop, save. The result
@@ -136,8 +137,12 @@ def calibration_batches(s: Settings, examples: list[data.Example]) -> list[dict[
     counted."""
     picked = [examples[i] for i in data.draw(len(examples), s.calibration_examples, s.seed + 1)]
     batches = [data.collate(b, s.device or "cpu") for b in data.batches_by_length(
-        picked, lambda e: len(e.ids), 2 if s.official else plan.CALIBRATION_BATCH)]
+        picked, lambda e: len(e.ids), calibration_batch(s))]
     return [pad_and_count(b, s.max_length) for b in batches] if s.official else batches
+
+
+def calibration_batch(s: Settings) -> int:
+    return 2 if s.official else plan.CALIBRATION_BATCH
 
 
 def calibration_loss(s: Settings) -> farss.Loss:
@@ -534,6 +539,17 @@ def run_trial(model: M.Model, s: Settings, examples: list[data.Example]) -> None
         train_step(model, batch, s, optimizer, trained)
 
 
+def started_with(run: Path | None, s: Settings, chosen: data.TrainingSet) -> None:
+    """UserError unless the rows are those of a run that is resumed, or repeated with the same
+    draw of the same data."""
+    if run is None:
+        return
+    was, recorded = read_run(run)
+    drawn = [(x.data, x.examples, x.seed, x.task) for x in (s, was)]
+    if drawn[0] == drawn[1] and recorded.get("data_sha256") != chosen.sha256:
+        raise UserError(f"{s.data}: not the data that {run} was started with")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = training_arguments(__doc__, argv)
     if args.resume:
@@ -555,14 +571,17 @@ def main(argv: list[str] | None = None) -> None:
         rows = (data.read_rows(s.data, data.TASKS[s.task].source)
                 if not args.dry_run or data.is_local(s.data) else [])
         planned = plan.make(s, config, args.memory and args.memory * 1e9, len(rows))
-        print("\n".join(origins(s, config, given(args))))
+        print("\n".join(origins(s, config, given(args), args.from_run)))
         if args.dry_run:
             plan.show(s, planned, known_as(s.model, config))
             return
         if warning := plan.dropout_note(s):
             print(f"dropout {warning}")
         s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
-        folder = checkpoint.fetch(s.model)
+        again = read_run(args.from_run)[1] if args.from_run else {}
+        folder = (base_of(args.from_run, s, again, args.base) if args.from_run else
+                  checkpoint.fetch(s.model))
+        local = checkpoint.is_folder(s.model) or args.base or again.get("base")
 
     parallel.check(s.device, s.batch_size)
     s = parallel.same(s)  # the micro-batch, too, which each may have chosen by its own memory
@@ -594,8 +613,7 @@ def main(argv: list[str] | None = None) -> None:
     calibration = [] if has_start else calibration_set(s, chosen.examples, tokenizer)
     if s.how.needs != "nothing" and 0 < len(calibration) < s.calibration_examples:
         print(f"note: calibration on {len(calibration)} examples, not {s.calibration_examples}")
-    if recorded and recorded["data_sha256"] != chosen.sha256:
-        raise UserError(f"{s.data}: not the data that {run} was started with")
+    started_with(args.resume or args.from_run, s, chosen)
     boundary: list[dict] = []
     if s.shallow == AUTO:
         shallow, boundary = find_boundary(folder, s, chosen.examples, calibration, tokenizer)
@@ -608,9 +626,11 @@ def main(argv: list[str] | None = None) -> None:
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.sync_entries(run.parent)
         write_run(run, s, {
-            "data_sha256": chosen.sha256, "dropped_rows": chosen.dropped, "cut_rows": chosen.cut,
+            "data_sha256": chosen.sha256, "rows": len(rows), "calibration_batch":
+            calibration_batch(s), "from_run": str(args.from_run) if args.from_run else None,
+            "dropped_rows": chosen.dropped, "cut_rows": chosen.cut,
             "known_as": known_as(s.model, config), **({"boundary": boundary} if boundary else {}),
-            "base": str(folder.resolve()) if checkpoint.is_folder(s.model) else None,
+            "base": str(folder.resolve()) if local else None,
             "base_fingerprint": checkpoint.fingerprint(folder)})
     if parallel.first():
         (run / "checkpoint").mkdir(exist_ok=True)

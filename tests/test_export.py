@@ -409,15 +409,17 @@ def test_one_tensor_of_the_base_is_in_memory_at_a_time(run, tmp_path, monkeypatc
 
 
 def test_a_card_says_what_it_is_and_how_to_load_it(run, bases):
-    C.save_json(run / "results.json", {"benchmarks": {"gsm8k": {"score": 12.5}},
-                                       "summary": {"K": 0.5, "T": None}})
+    four = {"P.S. acc": 50.0, "P.L. acc": None}
+    C.save_json(run / "results.json", {"summary": {"K": 0.5, "T": None}, "benchmarks": {
+        "gsm8k": {"score": 12.5}, "ifeval": {"n": 2, "scores": four}}})
     (bases / "float32" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     for form, says in (("peft", "PeftModel.from_pretrained(base, "), ("merged", "vllm serve"),
                        ("residual", "/adapter\")")):
         folder = exported(run, form, "--dtype=float32")
         card = (folder / "README.md").read_text()
-        for text in (says, folder.name, "float32", "farss", "d.jsonl", "| gsm8k | K | T |",
-                     "| 12.50 | 0.50 | undefined |", "license: apache-2.0", '"rank": 4'):
+        for text in (says, folder.name, "float32", "farss", "d.jsonl", "license: apache-2.0",
+                     "| gsm8k | P.S. acc | P.L. acc | K | T |", '"rank": 4',
+                     "| 12.50 | 50.00 | undefined | 0.50 | undefined |"):
             assert text in card, text
         assert str(run.parent) not in card and str(bases) not in card
     (run / "results.json").unlink()
@@ -602,6 +604,32 @@ def test_eval_scores_an_adapter_as_it_does_the_run(run, bases, tmp_path, monkeyp
     records = [(tmp_path / p / "eval" / "nq_open.jsonl").read_text()
                for p in ("run", f"runs/{adapter.name}-peft")]
     assert records[0] == records[1] and json.loads(records[0].splitlines()[0])["output"]
+
+
+@pytest.mark.parametrize("method", ["lora", "farss"])
+def test_other_weights_of_the_same_shape_are_refused(method, bases, tmp_path):
+    """By unload, by load_adapter, and by export, where run.json does not know the base."""
+    run = make_run(tmp_path / "run", bases / "float32", method, dtype="float32")
+    other = write_checkpoint(tmp_path / "other", seed=7, num_hidden_layers=2)
+    model, both = ours(run), f"{C.fingerprint(bases / 'float32')}.*{C.fingerprint(other)}"
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(C.UserError, match=f"{other}: is of the base model {C.fingerprint(other)}"):
+        C.unload(model, other)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    with pytest.raises(C.UserError, match=f"adapter.safetensors: is of the base model {both}"):
+        C.load_adapter(C.load(other), run / "adapter.safetensors")
+    argv = [str(run), "--to", str(tmp_path / "x"), "--format", "peft", "--base", str(other)]
+    with pytest.raises(C.UserError, match=f"{C.fingerprint(other)}.*{model.fingerprint}"):
+        export.main(argv)
+    recorded = C.read_json(run / "run.json")
+    del recorded["base_fingerprint"]
+    C.save_json(run / "run.json", recorded)
+    with pytest.raises(C.UserError, match=both):
+        export.main(argv)
+    assert not (tmp_path / "x").exists()
+    moved = write_checkpoint(tmp_path / "moved", num_hidden_layers=2)  # the same, elsewhere
+    C.unload(model, moved)
+    assert not M.adapted_layers(model)
 
 
 def test_unload_of_another_model_changes_nothing(run, tmp_path):

@@ -6,6 +6,7 @@ this is worth a minute where the folder is at hand. Skipped elsewhere.
 
 import os
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from tiny import write_data
 
 import checkpoint as C
 import eval as evaluation
+import export
 import farss
 import model as M
 import train
@@ -83,21 +85,59 @@ def test_logits_and_loss(ours, theirs, tokenizer, prompt):
     assert total / n < 6, "a trained model knows English; a random one is at ln 49152 = 10.8"
 
 
-def test_greedy_tokens(ours, theirs, tokenizer):
-    """One batch of unequal lengths, 24 new tokens."""
-    prompts = [tokenizer.encode(p) for p in PROMPTS]
-    longest = max(map(len, prompts))
-    assert len(set(map(len, prompts))) == 3
-    new = M.generate(ours, prompts, 24, tokenizer.eos_ids)
-    pad = tokenizer.eos_id
+def greedy(theirs, tokenizer, prompts):
+    """24 new tokens of transformers' for each prompt, padded on the left, cut at EOS."""
+    longest, pad = max(map(len, prompts)), tokenizer.eos_id
     out = theirs.generate(
         input_ids=torch.tensor([[pad] * (longest - len(p)) + p for p in prompts]),
         attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
         do_sample=False, max_new_tokens=24, eos_token_id=list(tokenizer.eos_ids), pad_token_id=pad)
-    for row, expected in zip(new, out[:, longest:].tolist(), strict=True):
-        end = next((i for i, t in enumerate(expected) if t in tokenizer.eos_ids), None)
-        assert row == expected[:end]
+    rows = out[:, longest:].tolist()
+    return [row[: next((i for i, t in enumerate(row) if t in tokenizer.eos_ids), None)]
+            for row in rows]
+
+
+def test_greedy_tokens(ours, theirs, tokenizer):
+    """One batch of unequal lengths."""
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    assert len(set(map(len, prompts))) == 3
+    new = M.generate(ours, prompts, 24, tokenizer.eos_ids)
+    assert new == greedy(theirs, tokenizer, prompts)
     assert "Paris" in tokenizer.decode(new[0])
+
+
+def test_exports_go_on_with_the_same_text(tmp_path, monkeypatch, tokenizer, ours):
+    """A short FARSS run in every format: transformers, with peft where that is, and this project
+    generate the run's own tokens, which are no longer the base's."""
+    monkeypatch.chdir(tmp_path)
+    write_data("d")
+    train.main(["--model", FOLDER, "--data", "d/train.jsonl", "--rank", "8", "--r-avg", "3",
+                "--r-max", "4", "--calibration-examples", "4", "--batch-size", "2", "--steps", "4",
+                "--lr", "2e-2", "--max-length", "128", "--targets", "q_proj,v_proj", "--dropout",
+                "0", "--dtype", "float32", "--out", "run"])
+    for form in export.FORMATS:
+        export.main(["run", "--to", form, "--format", form])
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    run = C.load(FOLDER, torch.float32, "cpu")
+    C.load_adapter(run, "run/adapter.safetensors")
+    expected = M.generate(run.eval(), prompts, 24, tokenizer.eos_ids)
+    assert expected != M.generate(ours, prompts, 24, tokenizer.eos_ids)
+
+    def transformers_model(folder):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def peft_model(base, adapter):
+        return peft.PeftModel.from_pretrained(transformers_model(base), adapter)
+
+    def back(adapter, base):
+        return evaluation.load_target(evaluation.find_target(adapter, base), "float32", "cpu")
+
+    for theirs in (lambda: peft_model(FOLDER, "peft"), lambda: transformers_model("merged"),
+                   lambda: peft_model("residual", "residual/adapter")):
+        assert greedy(theirs().eval(), tokenizer, prompts) == expected
+    for mine in (lambda: back("peft", FOLDER), lambda: C.load("merged", torch.float32, "cpu"),
+                 lambda: back("residual/adapter", "residual")):
+        assert M.generate(mine(), prompts, 24, tokenizer.eos_ids) == expected
 
 
 def test_farss_end_to_end(tmp_path, monkeypatch, tokenizer):

@@ -674,6 +674,57 @@ def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, capsys, 
     assert (here / "cut" / file).read_bytes() == (here / "whole" / file).read_bytes()
 
 
+# --------------------------------------------------------------------------- the same once more
+
+
+@pytest.mark.parametrize("more", [["--method", "farss", "--dropout", "0.1", "--micro-batch", "2"],
+                                  ["--method", "lora", "--threads", "1"], ["--method", "full"]])
+def test_from_run_is_the_same_to_the_bit(here, capsys, more):
+    train.main([*SMALL, *more, "--alpha", "9", "--out", "one"])
+    capsys.readouterr()
+    train.main(["--from-run", "one", "--out", "two"])
+    out = capsys.readouterr().out
+    assert "\n  one: " in out and "command line" not in out and "lr 0.001" in out
+    file = "model/model.safetensors" if "full" in more else "adapter.safetensors"
+    assert Path("one", file).read_bytes() == Path("two", file).read_bytes()
+    one, two = (C.read_json(f"{run}/run.json") for run in ("one", "two"))
+    assert two.pop("from_run") == "one" and one.pop("from_run") is None
+    assert two["settings"].pop("threads") == int(one["threads"])
+    one["settings"].pop("threads")
+    assert one == two and one["rows"] == 96 and one["calibration_batch"] == 8
+    assert {"commit", "torch", "tokenizers", "safetensors", "python", "threads"} <= set(one)
+    assert one["settings"]["micro_batch"] > 0
+
+
+def test_flags_go_on_top_of_a_run(here, capsys):
+    train.main([*SMALL, "--alpha", "12", "--out", "one"])
+    capsys.readouterr()
+    train.main(["--from-run", "one", "--seed", "5", "--rank", "3", "--out", "two"])
+    assert "the command line: rank 3, seed 5" in capsys.readouterr().out
+    one, two = (vars(S.read_run(Path(run))[0]) for run in ("one", "two"))
+    unlike = {name: two[name] for name in one if one[name] != two[name]}
+    assert unlike == {"seed": 5, "rank": 3, "alpha": 6.0, "threads": torch.get_num_threads()}
+    assert one["alpha"] == 12
+    train.main([*SMALL, "--seed", "5", "--rank", "3", "--alpha", "6", "--out", "three"])
+    a, b = (Path(run, "adapter.safetensors").read_bytes() for run in ("two", "three"))
+    assert a == b
+
+
+def test_from_run_needs_the_same_base_and_data(here):
+    train.main([*SMALL, "--out", "one"])
+    Path("tiny").rename("moved")
+    with pytest.raises(C.UserError, match="no longer there; say with --base"):
+        train.main(["--from-run", "one", "--out", "two"])
+    train.main(["--from-run", "one", "--out", "two", "--base", "moved"])
+    assert Path("one/adapter.safetensors").read_bytes() == Path(
+        "two/adapter.safetensors").read_bytes()
+    write_data("d", seed=1)
+    with pytest.raises(C.UserError, match="not the data that one was started with"):
+        train.main(["--from-run", "one", "--out", "three", "--base", "moved"])
+    train.main(["--from-run", "one", "--out", "three", "--base", "moved", "--seed", "3"])
+    assert C.read_json("three/run.json")["base"] == str(here / "moved")
+
+
 # ------------------------------------------------------------------------- damaged, other, stale
 
 
@@ -844,6 +895,88 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(here, monkeypatc
     assert left == ["init.safetensors", "step-000002.safetensors"]
 
 
+def refused_by_the_system(capsys, argv, says):
+    """One line, exit status 1."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        S.run_main(lambda: train.main(argv))
+    err = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and len(err) == 1 and says in err[0]
+
+
+def left(run):
+    return sorted(p.name for p in (run / "checkpoint").iterdir())
+
+
+def test_a_file_larger_than_may_be_written(stopped, monkeypatch, capsys):
+    """The system's own limit, in the fourth step: the checkpoint of the second is whole."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = (stopped / "checkpoint/step-000005.safetensors").stat().st_size - 1
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE,
+                                                          (most, before[1])))
+        try:
+            refused_by_the_system(capsys, [*SMALL, "--out", "full", "--save-every", "2"],
+                                  "File too large")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert left(Path("full")) == ["init.safetensors", "step-000002.safetensors"]
+    train.main(["--resume", "full"])
+    assert Path("full/adapter.safetensors").read_bytes() == Path(
+        "whole/adapter.safetensors").read_bytes()
+
+
+def test_a_disk_that_is_full(stopped, capsys):
+    """A file system of its own, with room for the start and two checkpoints."""
+    files = [*stopped.glob("*.*"), *stopped.glob("checkpoint/*")]
+    step = (stopped / "checkpoint/step-000005.safetensors").stat().st_size
+    disk, most = Path("disk").resolve(), step // 2 + sum(
+        4096 * (2 + p.stat().st_size // 4096) for p in files)
+    disk.mkdir()
+
+    def mount(*options):
+        done = subprocess.run(["mount", *options, "tmpfs", disk], capture_output=True)
+        return done.returncode == 0
+
+    try:
+        mounted = mount("-t", "tmpfs", "-o", f"size={most}")
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no file system can be mounted here")
+    try:
+        argv = [*SMALL, "--out", str(disk / "run"), "--save-every", "1"]
+        refused_by_the_system(capsys, argv, "No space left on device")
+        assert left(disk / "run") == ["init.safetensors", "step-000001.safetensors",
+                                      "step-000002.safetensors"]
+        assert mount("-o", "remount,size=100m")
+        train.main(["--resume", str(disk / "run")])
+        assert (disk / "run/adapter.safetensors").read_bytes() == Path(
+            "whole/adapter.safetensors").read_bytes()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written(here, capsys):
+    """What binds root, too: a file where a folder should be."""
+    Path("runs").write_text("")
+    refused_by_the_system(capsys, SMALL, "runs")
+    refused_by_the_system(capsys, [*SMALL, "--out", "runs/x"], "runs")
+    assert Path("runs").read_text() == ""
+
+
+def test_data_that_went_between_stop_and_resume(stopped, capsys):
+    Path("d").rename("elsewhere")
+    before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()}
+    with pytest.raises(C.UserError, match=r"d/train\.jsonl: no such file"):
+        train.main(["--resume", "cut"])
+    assert {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()} == before
+    Path("elsewhere").rename("d")
+    train.main(["--resume", "cut"])
+    same(stopped)
+
+
 def test_a_finished_or_unfinished_run_is_never_overwritten(here, capsys):
     train.main(SMALL)
     before = (here / "runs/tiny-math-farss-s0/adapter.safetensors").read_bytes()
@@ -897,6 +1030,9 @@ def test_resume_refuses_changed_data(here, monkeypatch):
     (["--resume", "tiny"], "has no run.json"),
     (["--resume", "old"], "not written by this version"),
     (["--resume", "x", "--lr", "1"], "give no other option"),
+    (["--resume", "x", "--from-run", "y"], "--from-run: --resume takes its settings from"),
+    (["--from-run", "nowhere"], "no such folder"),
+    (["--from-run", "x", "--model", "tiny"], "--model decides other settings"),
     ([*SMALL, "--base", "tiny"], "--base goes with --resume"),
 ])
 def test_bad_input_is_one_line_exit_2_and_writes_nothing(here, capsys, argv, says):
