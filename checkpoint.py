@@ -761,7 +761,7 @@ def read_adapter(model: nn.Module, path: str | Path) -> Adapter:
     scaling = how.get("scaling")
     each = [scaling.get(n) for n in names] if isinstance(scaling, dict) else [scaling]
     if how.get("residual") not in ("split", "exact") or any(
-            type(x) not in (int, float) or not 0 < x < 1e30 for x in each):
+            not (isinstance(x, (int, float)) and 0 < x < 1e30) for x in each):
         raise UserError(f"{path}: scaling {str(scaling)[:40]}, residual {how.get('residual')!r} "
                         "cannot be")
     check_same_base(model, how.get("base"), path)
@@ -1048,8 +1048,9 @@ class Tokenizer:
         named = Path(folder) / "tokenizer_config.json"
         eos = read_json(named).get("eos_token") if named.exists() else None
         eos = eos.get("content") if isinstance(eos, dict) else eos
-        known = isinstance(eos, str) and eos.encode("utf-8", "replace").decode() == eos
-        eos_id = self.hf.token_to_id(eos) if known else None
+        eos_id = None
+        if isinstance(eos, str) and eos.encode("utf-8", "replace").decode() == eos:
+            eos_id = self.hf.token_to_id(eos)
         if eos is not None and eos_id is None:
             raise UserError(f"{named}: eos_token {eos!r} is not a token of tokenizer.json")
         if eos_id is None and not self.eos_ids:

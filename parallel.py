@@ -66,7 +66,7 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             main()
             return
-        has_gpu, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+        has_gpu, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
         if has_gpu and local < torch.cuda.device_count():
             torch.cuda.set_device(local)  # so that "cuda" is this one
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=LONGEST_WAIT)

@@ -18,6 +18,7 @@ import torch
 
 import checkpoint
 import farss
+import parallel
 from farss import block_index
 from model import (
     DECODER_TARGETS,
@@ -204,19 +205,30 @@ def block_shapes(s: Settings, config: Config) -> Shapes:
 
 def training_memory(s: Settings, config: Config, parameters: int, trainable: float,
                     micro_batch: int, checkpointing: bool) -> dict[str, float]:
-    """Estimated peak bytes of training, by part.
+    """Estimated peak bytes of training in each process, by part.
 
     What is trained costs 16 bytes a number (fp32 weight, gradient, AdamW's two moments).
-    Checkpointing keeps only a block's input, and all activations of one block at a time.
+    Checkpointing keeps only a block's input, and all activations of one block at a time. With
+    --shard weights are dealt out, but for those outside the blocks and of two blocks at a time.
     """
+    deals = parallel.size() if s.shard else 1
+    weight = 4 if s.how.trains == "weights" else element_size(s)
     block, blocks = block_activations(s, config), config.num_hidden_layers
     kept = blocks * element_size(s) * config.hidden_size + block if checkpointing else (
         blocks * block)
-    return {"frozen weights": 0 if s.how.trains == "weights" else element_size(s) * parameters,
-            "trained, with AdamW": 16 * trainable,
-            "bf16 copies": 2 * parameters if is_mixed(s) else 0,
+    return {"frozen weights": 0 if s.how.trains == "weights" else weight * parameters / deals,
+            "trained, with AdamW": 16 * trainable / deals,
+            "gathered weights": weight * gathered(config) if deals > 1 else 0,
+            "bf16 copies": 2 * (gathered(config) if deals > 1 else parameters) * is_mixed(s),
             "activations": micro_batch * s.max_length * kept,
             "logits": 0 if FAMILIES[config.model_type].encoder else 3 * 2**28}
+
+
+def gathered(config: Config) -> int:
+    """Weights outside the blocks and of two blocks, one in work and the next on its way."""
+    sizes = [(place(n) != n, p.numel()) for n, p in empty(config).named_parameters()]
+    inside = sum(size for in_block, size in sizes if in_block)
+    return sum(size for _, size in sizes) - inside + 2 * inside // config.num_hidden_layers
 
 
 def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[str, float]:
@@ -266,8 +278,10 @@ def fits(parts: dict[str, float], memory: float) -> bool:
 
 def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: float,
                        memory: float) -> tuple[int, bool]:
-    """(examples per forward pass, checkpointing): the largest 2^i part of the batch that fits."""
-    sizes = [s.batch_size >> i for i in range(s.batch_size.bit_length())]
+    """(examples per forward pass, checkpointing): the largest 2^i part of a process's part of the
+    batch that fits."""
+    whole = math.ceil(s.batch_size / parallel.size())
+    sizes = [whole >> i for i in range(whole.bit_length())]
     sizes = [s.micro_batch] if s.micro_batch else sizes
     checks = [False, True] if s.checkpointing is None else [s.checkpointing]
     for checkpointing in checks:
@@ -291,8 +305,10 @@ def question_memory(config: Config, itemsize: int, tokens: float, scored: float,
 
 
 def device_memory(device: str | None) -> float:
-    """Free bytes on the device; without one (a plan), the paper's 80 GB GPU."""
-    return 80e9 if device is None else checkpoint.free_memory(device)
+    """Free bytes on the device for this process; without one (a plan), the paper's 80 GB GPU."""
+    if device is None:
+        return 80e9
+    return checkpoint.free_memory(device) / (parallel.size() if device == "cpu" else 1)
 
 
 def memory_used(device: str) -> float:
@@ -383,7 +399,8 @@ def show(s: Settings, plan: Plan, known: str) -> None:
              if not s.steps else "")
           + f", {plan.warmup_steps} of them warm-up to lr {s.lr:g}")
     has = f"{plan.memory / 1e9:.0f} GB" + (f" free on {s.device}" if s.device else "")
-    print(f"memory        of {has}, about")
+    each = f" for each of {parallel.size()} processes" if parallel.size() > 1 else ""
+    print(f"memory        of {has}{each}, about")
     print(f"              training {by_part(plan.training)} (micro-batch {plan.micro_batch}"
           + (", checkpointing)" if plan.checkpointing else ")"))
     if plan.initialisation:

@@ -24,7 +24,7 @@ ALLOWED = {
     "sandbox": set(),  # it runs by itself, isolated
     "benchmarks": {"checkpoint", "data"},
     "settings": {"baselines", "checkpoint", "data", "farss", "model"},
-    "plan": {"checkpoint", "farss", "model", "settings"},
+    "plan": {"checkpoint", "farss", "model", "parallel", "settings"},
     "export": {"checkpoint", "data", "model", "settings"},
 }
 
@@ -49,6 +49,10 @@ def test_eval_never_imports_train_and_model_imports_torch_alone():
     assert "train" not in imported(REPO / "eval.py")
     assert imported(REPO / "model.py") == {"math", "re", "collections", "contextlib",
                                            "dataclasses", "functools", "typing", "torch"}
+
+
+def test_torch_distributed_is_only_in_parallel():
+    assert [f.name for f in FILES if "torch.distributed" in f.read_text()] == ["parallel.py"]
 
 
 def test_only_demo_and_sweep_stand_above_train():

@@ -142,7 +142,7 @@ def test_every_setting_is_a_flag_with_a_help_text():
         assert len(f.metadata["help"]) > 10
         value = {"method": "lora", "task": "math", "dtype": "bfloat16", "fisher": "sampled",
                  "residual": "exact", "freeze": "deep-third", "official": None,
-                 "checkpointing": None}.get(f.name, "1")
+                 "checkpointing": None, "shard": None}.get(f.name, "1")
         argv = ["--model", "tiny", "--" + f.name.replace("_", "-"), *([value] if value else [])]
         assert f.name in S.given(S.training_arguments("", argv))
 
