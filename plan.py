@@ -24,6 +24,7 @@ from model import (
     DECODER_TARGETS,
     ENCODER_TARGETS,
     FAMILIES,
+    WIDE,
     Config,
     empty,
     linear_shapes,
@@ -184,7 +185,7 @@ def block_activations(s: Settings, config: Config, adapters: bool = True) -> int
 
     About 10 d + 2 kv + 4 f numbers (norms, q, k, v, rotated q and k, attention's output; gate, up,
     SiLU and product), d the width, kv and f those of keys and MLP; in RoBERTa about 12 d + 2 f; and
-    each adapted layer's input once more in fp32, with its dropout mask. Where bf16 products are
+    each adapted layer's dropout mask, below WIDE with its input once more in fp32. Where bf16 products are
     made of fp32 weights, 5 d of them are fp32, too (the residual stream and the norms).
     """
     d, f = config.hidden_size, config.intermediate_size
@@ -192,7 +193,7 @@ def block_activations(s: Settings, config: Config, adapters: bool = True) -> int
     numbers = 12 * d + 2 * f if FAMILIES[config.model_type].encoder else 10 * d + 2 * kv + 4 * f
     size = element_size(s) * numbers + (10 * d if is_mixed(s) else 0)
     if s.how.trains == "adapters" and adapters:
-        size += sum(5 * n for _, n in block_shapes(s, config).values())
+        size += sum(n if n >= WIDE else 5 * n for _, n in block_shapes(s, config).values())
     return size
 
 

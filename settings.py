@@ -696,8 +696,8 @@ def read_ranks(run: Path) -> dict[str, Any]:
     path = run / "ranks.json"
     report = checkpoint.read_json(path)
     layers = report.get("layers")
-    good = isinstance(layers, dict) and layers and type(report.get("shallow_blocks", 0)) is int
-    if not good or not all(
+    layers = layers if isinstance(layers, dict) else {}
+    if not layers or type(report.get("shallow_blocks", 0)) is not int or not all(
             isinstance(x, dict) and type(x.get("r")) is int and 0 < x["r"] < 2**24
             and is_score(x.get("residual_rounding"))
             and re.search(r"(^|\.)layers?\.\d{1,4}\.", name) for name, x in layers.items()):
