@@ -760,8 +760,8 @@ def read_adapter(model: nn.Module, path: str | Path) -> Adapter:
             raise UserError(f"{path}: {name} holds what is no finite number")
     scaling = how.get("scaling")
     each = [scaling.get(n) for n in names] if isinstance(scaling, dict) else [scaling]
-    if how.get("residual") not in ("split", "exact") or any(
-            type(x) not in (int, float) or not 0 < x < 1e30 for x in each):
+    good, _ = CHECKS[float]
+    if how.get("residual") not in ("split", "exact") or not all(good(x) for x in each):
         raise UserError(f"{path}: scaling {str(scaling)[:40]}, residual {how.get('residual')!r} "
                         "cannot be")
     check_same_base(model, how.get("base"), path)
@@ -919,7 +919,8 @@ def seal(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        found.update(content)
     return found.hexdigest()
 
 
@@ -1038,7 +1039,7 @@ class Tokenizer:
         # What stands before the text, [bos] or []; some templates add EOS behind it, too.
         prefix = next((whole[:i] for i in range(len(whole) + 1)
                        if whole[i : i + len(plain)] == plain), None)
-        if prefix is None:
+        if prefix is None or not plain:
             raise UserError(f"{path}: its post-processor changes the text")
         self.prefix = prefix
         if FAMILIES[config.model_type].encoder and not self.prefix:
@@ -1048,8 +1049,9 @@ class Tokenizer:
         named = Path(folder) / "tokenizer_config.json"
         eos = read_json(named).get("eos_token") if named.exists() else None
         eos = eos.get("content") if isinstance(eos, dict) else eos
-        known = isinstance(eos, str) and eos.encode("utf-8", "replace").decode() == eos
-        eos_id = self.hf.token_to_id(eos) if known else None
+        eos_id = None
+        if isinstance(eos, str) and eos.encode("utf-8", "replace").decode() == eos:
+            eos_id = self.hf.token_to_id(eos)
         if eos is not None and eos_id is None:
             raise UserError(f"{named}: eos_token {eos!r} is not a token of tokenizer.json")
         if eos_id is None and not self.eos_ids:

@@ -681,7 +681,8 @@ def read_ranks(run: Path) -> dict[str, Any]:
     layers = report.get("layers")
     if not isinstance(layers, dict) or not layers or not all(
             isinstance(x, dict) and type(x.get("r")) is int and 0 < x["r"] < 2**24
-            and is_score(x.get("residual_rounding")) and re.search(r"(^|\.)layers?\.\d{1,4}\.", name)
+            and is_score(x.get("residual_rounding"))
+            and re.search(r"(^|\.)layers?\.\d{1,4}\.", name)
             for name, x in layers.items()) or type(report.get("shallow_blocks", 0)) is not int:
         raise UserError(f"{path}: not a ranks.json of train.py")
     return report
