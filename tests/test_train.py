@@ -686,7 +686,7 @@ def test_from_run_is_the_same_to_the_bit(here, capsys, more):
     capsys.readouterr()
     train.main(["--from-run", "one", "--out", "two"])
     out = capsys.readouterr().out
-    assert "\n  one: " in out and "command line" not in out and "lr 0.001" in out
+    assert "\n  the run one: " in out and "command line" not in out and "lr 0.001" in out
     file = "model/model.safetensors" if "full" in more else "adapter.safetensors"
     assert Path("one", file).read_bytes() == Path("two", file).read_bytes()
     one, two = (C.read_json(f"{run}/run.json") for run in ("one", "two"))
