@@ -693,7 +693,8 @@ def test_from_run_is_the_same_to_the_bit(here, capsys, more):
     assert two.pop("from_run") == "one" and one.pop("from_run") is None
     assert two["settings"].pop("threads") == int(one["threads"])
     one["settings"].pop("threads")
-    assert one == two and one["rows"] == 96 and one["calibration_batch"] == 8
+    assert one | {"commit": ""} == two | {"commit": ""}  # someone may be at work here
+    assert one["rows"] == 96 and one["calibration_batch"] == 8
     assert {"commit", "torch", "tokenizers", "safetensors", "python", "threads"} <= set(one)
     assert one["settings"]["micro_batch"] > 0
 
