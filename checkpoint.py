@@ -760,8 +760,8 @@ def read_adapter(model: nn.Module, path: str | Path) -> Adapter:
             raise UserError(f"{path}: {name} holds what is no finite number")
     scaling = how.get("scaling")
     each = [scaling.get(n) for n in names] if isinstance(scaling, dict) else [scaling]
-    if how.get("residual") not in ("split", "exact") or any(
-            not (isinstance(x, (int, float)) and 0 < x < 1e30) for x in each):
+    good, _ = CHECKS[float]
+    if how.get("residual") not in ("split", "exact") or not all(good(x) for x in each):
         raise UserError(f"{path}: scaling {str(scaling)[:40]}, residual {how.get('residual')!r} "
                         "cannot be")
     check_same_base(model, how.get("base"), path)
@@ -1038,7 +1038,7 @@ class Tokenizer:
         # What stands before the text, [bos] or []; some templates add EOS behind it, too.
         prefix = next((whole[:i] for i in range(len(whole) + 1)
                        if whole[i : i + len(plain)] == plain), None)
-        if prefix is None:
+        if prefix is None or not plain:
             raise UserError(f"{path}: its post-processor changes the text")
         self.prefix = prefix
         if FAMILIES[config.model_type].encoder and not self.prefix:

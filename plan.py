@@ -185,8 +185,9 @@ def block_activations(s: Settings, config: Config, adapters: bool = True) -> int
 
     About 10 d + 2 kv + 4 f numbers (norms, q, k, v, rotated q and k, attention's output; gate, up,
     SiLU and product), d the width, kv and f those of keys and MLP; in RoBERTa about 12 d + 2 f; and
-    each adapted layer's dropout mask, below WIDE with its input once more in fp32. Where bf16 products are
-    made of fp32 weights, 5 d of them are fp32, too (the residual stream and the norms).
+    each adapted layer's dropout mask, below WIDE with its input once more in fp32. Where bf16
+    products are made of fp32 weights, 5 d of them are fp32, too (the residual stream and the
+    norms).
     """
     d, f = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim

@@ -372,7 +372,7 @@ def origins(s: Settings, config: Config, flags: dict[str, Any], run: Path | None
         if name == "shallow":
             number = "auto" if value == AUTO else value
             shown = f"{number} of {config.num_hidden_layers} blocks"
-        source = (str(run) if run and name not in flags else
+        source = (f"the run {run}" if run and name not in flags else
                   source_of(name, s, preset(known, s.task), flags))
         said.setdefault(source, []).append(f"{name.replace('_', ' ')} {shown}")
     titles = {source: f"the paper, {source}" if re.match(r"[A\d]\.?\d", source) else

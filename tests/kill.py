@@ -42,6 +42,7 @@ TRAINING = ["--method", "farss", "--steps", "5", "--save-every", "1", "--batch-s
             "--micro-batch", "2", "--no-checkpointing"]  # not as memory has room
 ASKED = ["--limit", "2", "--max-new-tokens", "4"]
 PHASES = ("calibration", "training", "writing a checkpoint", "evaluation", "export")
+EARLY, LATE = (0, 0, 1, 1, 2, 2, 3, 4), (3, 4)  # drawn from until training is done, and then
 now, entered = mmap.mmap(-1, 1), mmap.mmap(-1, len(PHASES))  # what the child is doing, how often
 
 
@@ -188,11 +189,10 @@ def main() -> None:
         (root / "whole").mkdir()
         seconds = times(root / "whole" / "run", root / "said")
         expected, cut = result(root / "whole"), root / "cut"
-        order = list(range(len(PHASES)))
         while sum(hits) < args.kills or cut.exists():  # the last one, too, is brought to its end
             cut.mkdir(exist_ok=True)
-            phase = draw.choice(order)
-            lasts = seconds[phase] if sum(hits) < args.kills else []
+            phase = draw.choice(LATE if settings.finished(cut / "run") else EARLY)
+            lasts = seconds[phase] if sum(hits) < args.kills and draw.random() < 0.8 else []
             entry = draw.randint(1, len(lasts)) if lasts else 256
             after = draw.uniform(0, 1.1 * lasts[entry - 1]) if lasts else 0.0
             hit = kill(cut / "run", root / "said", phase, entry, after)

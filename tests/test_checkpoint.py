@@ -1,6 +1,7 @@
 """checkpoint.py beside transformers: weights, config, tokenizer, hub; and what it refuses."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -717,13 +718,15 @@ CONFIG = {  # field: values that must be refused
     "max_position_embeddings": [0, "1024"],
 }
 MORE_CONFIG = {
-    "rms_norm_eps": ["x", None, -1.0],
     "rope_theta": ["x", None, 0],
     "rope_scaling": [[1], "llama3", {"rope_type": "llama3"},
                      {"rope_type": "llama3", "factor": 8.0}, ROPE3 | {"factor": "8"}],
     "rope_parameters": [{"rope_type": "default", "rope_theta": None}],
     "eos_token_id": ["</s>", [1, "x"], True, -1, {}],
     "tie_word_embeddings": ["false"],
+    "num_hidden_layers": [1001, 10**9, 10**400],  # which would be built one by one
+    "vocab_size": [2**25, 2**62],  # whose bytes do not fit into 64 bits
+    "rms_norm_eps": ["x", None, -1.0, 10**400],  # the last is no float
     "head_dim": [7],  # odd: rotary pairs need an even width
 }
 BAD_CONFIG = [(name, value) for table in (CONFIG, MORE_CONFIG) for name, values in table.items()
@@ -917,6 +920,59 @@ def test_pickles_are_never_opened(folder, name, monkeypatch):
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
     refused(lambda: load(folder), folder, "no model.safetensors")
+
+
+def test_a_post_processor_that_leaves_the_text_out(folder):
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["post_processor"]["single"] = raw["post_processor"]["single"][:1]
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    refused(lambda: C.Tokenizer(folder, C.read_config(folder)), folder / "tokenizer.json",
+            "changes the text")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+def test_what_never_ends_is_not_read(folder, name, kind):
+    (folder / name).unlink()
+    if kind == "a pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    config = C.MODELS["microcosm"][1]
+    refused(lambda: C.Tokenizer(folder, config) if "tok" in name else load(folder),
+            folder / name, "a pipe or device")
+
+
+def spoilt_adapter(folder, path, change):
+    """A file like an adapter's, without a seal; returns the model that it is for."""
+    model = load(folder, torch.float32)
+    W = model.model.layers[0].self_attn.q_proj.weight
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.A": torch.ones(2, W.shape[1]), f"{name}.B": torch.ones(W.shape[0], 2)}
+    about = {"scaling": 1.0, "residual": "split"}
+    change(tensors, about, name)
+    C.save_tensors(path, tensors, {"adapter": json.dumps(about)})
+    return model
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t, a, n: t.update({f"{n}.A": torch.ones(3)}), "does not fit"),
+    (lambda t, a, n: t.update({f"{n}.A": torch.ones(3, t[f"{n}.A"].shape[1])}), "does not fit"),
+    (lambda t, a, n: t.update({f"{n}.A0": t[f"{n}.A"].clone()}), "does not fit"),
+    (lambda t, a, n: t.update({f"{n}.d": torch.ones(5)}), "does not fit"),
+    (lambda t, a, n: t.update({f"{n}.a0": torch.ones(5)}), "a0, which is no part of an adapter"),
+    (lambda t, a, n: t[f"{n}.B"].fill_(torch.nan), "no finite number"),
+    (lambda t, a, n: t.update({f"{n}.B": t[f"{n}.B"].long()}), "no finite number"),
+    (lambda t, a, n: a.update(scaling="1"), "cannot be"),
+    (lambda t, a, n: a.update(scaling={}), "cannot be"),
+    (lambda t, a, n: a.update(residual="none"), "cannot be"),
+    (lambda t, a, n: a.clear(), "cannot be"),
+    (lambda t, a, n: a.update(sha256="0"), "bytes are not those that were written"),
+])
+def test_an_adapter_that_cannot_be(folder, tmp_path, change, words):
+    path = tmp_path / "a.safetensors"
+    C.load_adapter(spoilt_adapter(folder, path, lambda *_: None), path)  # of an older version
+    refused(lambda: C.load_adapter(spoilt_adapter(folder, path, change), path), path, words)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"not json", b"\xff\xfe",

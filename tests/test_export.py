@@ -1,6 +1,7 @@
 """export.py: every method's run as peft, transformers and the run itself compute it, and back."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -559,11 +560,14 @@ def test_what_is_no_plain_lora_is_refused(config, says, bases, tmp_path):
     (dict(r="5"), "has rank '5' and alpha 6"),
     (dict(rank_pattern={"(": 4}), "rank_pattern is not readable"),
     (dict(rank_pattern=[4]), "rank_pattern is not readable"),
+    (dict(rank_pattern={r"(\w+.)+x": 4}), "more than a layer's name"),  # not in a lifetime
+    (dict(rank_pattern={".*.*.*.*.*.*.*.*x": 4}), "more than a layer's name"),
+    (dict(lora_alpha=math.nan), "alpha nan"),
 ], ids=str)
 def test_a_config_that_does_not_fit_is_refused(change, says, bases, tmp_path):
     base, folder = bases / "float32", tmp_path / "a"
     foreign(base, folder, r=4, lora_alpha=6, target_modules=["q_proj"])
-    C.save_json(folder / export.CONFIG, C.read_json(folder / export.CONFIG) | change)
+    (folder / export.CONFIG).write_text(json.dumps(C.read_json(folder / export.CONFIG) | change))
     with pytest.raises(C.UserError) as error:
         export.read_peft(C.load(base, FP32, "cpu"), folder)
     assert says in str(error.value) and "\n" not in str(error.value)

@@ -26,7 +26,9 @@ from baselines import METHODS, covariance_sweep
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg", "3", "--r-max",
-         "5", "--calibration-examples", "8", "--batch-size", "4", "--lr", "1e-3", "--steps", "6"]
+         "5", "--calibration-examples", "8", "--batch-size", "4", "--micro-batch", "4",
+         "--no-checkpointing",  # not as memory has room, which decides the draws of dropout
+         "--lr", "1e-3", "--steps", "6"]
 
 
 @pytest.fixture
@@ -684,14 +686,15 @@ def test_from_run_is_the_same_to_the_bit(here, capsys, more):
     capsys.readouterr()
     train.main(["--from-run", "one", "--out", "two"])
     out = capsys.readouterr().out
-    assert "\n  one: " in out and "command line" not in out and "lr 0.001" in out
+    assert "\n  the run one: " in out and "command line" not in out and "lr 0.001" in out
     file = "model/model.safetensors" if "full" in more else "adapter.safetensors"
     assert Path("one", file).read_bytes() == Path("two", file).read_bytes()
     one, two = (C.read_json(f"{run}/run.json") for run in ("one", "two"))
     assert two.pop("from_run") == "one" and one.pop("from_run") is None
     assert two["settings"].pop("threads") == int(one["threads"])
     one["settings"].pop("threads")
-    assert one == two and one["rows"] == 96 and one["calibration_batch"] == 8
+    assert one | {"commit": ""} == two | {"commit": ""}  # someone may be at work here
+    assert one["rows"] == 96 and one["calibration_batch"] == 8
     assert {"commit", "torch", "tokenizers", "safetensors", "python", "threads"} <= set(one)
     assert one["settings"]["micro_batch"] > 0
 
