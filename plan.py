@@ -19,9 +19,11 @@ import torch
 import checkpoint
 from farss import block_index
 from model import (
+    CHUNK,
     DECODER_TARGETS,
     ENCODER_TARGETS,
     FAMILIES,
+    WIDE,
     Config,
     empty,
     linear_shapes,
@@ -179,15 +181,17 @@ def block_activations(s: Settings, config: Config) -> int:
 
     About 10 d + 2 kv + 4 f numbers (norms, q, k, v, rotated q and k, attention's output; gate, up,
     SiLU and product), d the width, kv and f those of keys and MLP; in RoBERTa about 12 d + 2 f; and
-    each adapted layer's input once more in fp32, with its dropout mask. Where bf16 products are
-    made of fp32 weights, 5 d of them are fp32, too (the residual stream and the norms).
+    each adapted layer's dropout mask in bytes, below model.WIDE its input in fp32, too; from there
+    on 2 d less. Where bf16 products are made of fp32 weights, 5 d of them are fp32, too (the
+    residual stream and the norms).
     """
     d, f = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
     numbers = 12 * d + 2 * f if FAMILIES[config.model_type].encoder else 10 * d + 2 * kv + 4 * f
     size = element_size(s) * numbers + (10 * d if is_mixed(s) else 0)
     if s.how.trains == "adapters":
-        size += sum(5 * n for _, n in block_shapes(s, config).values())
+        size += sum(n if n >= WIDE else 5 * n for _, n in block_shapes(s, config).values())
+        size -= 2 * d * element_size(s) * (d >= WIDE)
     return size
 
 
@@ -212,7 +216,7 @@ def training_memory(s: Settings, config: Config, parameters: int, trainable: flo
             "trained, with AdamW": 16 * trainable,
             "bf16 copies": 2 * parameters if is_mixed(s) else 0,
             "activations": micro_batch * s.max_length * kept,
-            "logits": 0 if FAMILIES[config.model_type].encoder else 3 * 2**28}
+            "logits": 0 if FAMILIES[config.model_type].encoder else 12 * CHUNK}
 
 
 def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[str, float]:
@@ -236,7 +240,7 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
     return {"weights": element_size(s) * parameters,
             most: held[most],
             "activations of a block": CALIBRATION_BATCH * s.max_length * block_activations(
-                s, config) + 3 * 2**28,
+                s, config) + 12 * CHUNK,
             "kept inputs": kept_inputs(s, config, tokens)}
 
 
