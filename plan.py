@@ -21,6 +21,7 @@ import farss
 import parallel
 from farss import block_index
 from model import (
+    CHUNK,
     DECODER_TARGETS,
     ENCODER_TARGETS,
     FAMILIES,
@@ -185,9 +186,9 @@ def block_activations(s: Settings, config: Config, adapters: bool = True) -> int
 
     About 10 d + 2 kv + 4 f numbers (norms, q, k, v, rotated q and k, attention's output; gate, up,
     SiLU and product), d the width, kv and f those of keys and MLP; in RoBERTa about 12 d + 2 f; and
-    each adapted layer's dropout mask, below WIDE with its input once more in fp32. Where bf16
-    products are made of fp32 weights, 5 d of them are fp32, too (the residual stream and the
-    norms).
+    each adapted layer's dropout mask in bytes, below model.WIDE its input in fp32, too; from there
+    on 2 d less. Where bf16 products are made of fp32 weights, 5 d of them are fp32, too (the
+    residual stream and the norms).
     """
     d, f = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
@@ -195,6 +196,7 @@ def block_activations(s: Settings, config: Config, adapters: bool = True) -> int
     size = element_size(s) * numbers + (10 * d if is_mixed(s) else 0)
     if s.how.trains == "adapters" and adapters:
         size += sum(n if n >= WIDE else 5 * n for _, n in block_shapes(s, config).values())
+        size -= 2 * d * element_size(s) * (d >= WIDE)
     return size
 
 
@@ -223,7 +225,7 @@ def training_memory(s: Settings, config: Config, parameters: int, trainable: flo
             "gathered weights": weight * gathered(config) if deals > 1 else 0,
             "bf16 copies": 2 * (gathered(config) if deals > 1 else parameters) * is_mixed(s),
             "activations": micro_batch * s.max_length * kept,
-            "logits": 0 if FAMILIES[config.model_type].encoder else 3 * 2**28}
+            "logits": 0 if FAMILIES[config.model_type].encoder else 12 * CHUNK}
 
 
 def gathered(config: Config) -> int:
@@ -250,7 +252,7 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
     moments = 4 * sum(2 * min(m, n) ** 2 for m, n in shapes.values())
     batch = CALIBRATION_BATCH * s.max_length
     logits = 0 if FAMILIES[config.model_type].encoder else (
-        3 * min(2**28, 4 * batch * config.vocab_size))
+        12 * min(CHUNK, batch * config.vocab_size))
     widest = max(map(max, shapes.values()))  # a gradient and its real tokens in fp32
     return {"weights": element_size(s) * parameters,
             "directions of a block": held,

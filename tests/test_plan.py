@@ -235,10 +235,13 @@ def test_covariances_of_a_block_are_counted_once_where_they_are_shared():
     assert parts["kept inputs"] == model.enter(batch)[0].numel() * 4
 
 
-@pytest.mark.parametrize("method, dtype", [("full", "float32"), ("full", "bfloat16"),
-                                           ("lora", "float32"), ("lora", "bfloat16")])
-def test_what_a_block_keeps_is_estimated_within_a_tenth(method, dtype):
+@pytest.mark.parametrize("method, dtype, wide", [
+    ("full", "float32", 512), ("full", "bfloat16", 512), ("lora", "float32", 512),
+    ("lora", "bfloat16", 512), ("lora", "float32", 64), ("lora", "bfloat16", 64)])
+def test_what_a_block_keeps_is_estimated_within_a_tenth(method, dtype, wide, monkeypatch):
     """Against the tensors that autograd saves, counted by storage: what two blocks more save."""
+    monkeypatch.setattr(M, "WIDE", wide)
+    monkeypatch.setattr(P, "WIDE", wide)
     s = S.Settings(model="x", method=method, dtype=dtype, rank=8, alpha=8.0, device="cpu")
     saved, config = [], None
     for blocks in (2, 4):
