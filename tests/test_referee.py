@@ -223,9 +223,9 @@ def test_awkward_outputs_score_the_same(tiny, name, monkeypatch):
 @pytest.mark.parametrize("name", SPLITS)
 def test_a_real_model_scores_the_same(real, name):
     rows = rows_of(name, 24)
-    real.ours.max_new_tokens = 24
+    real.ours.max_new_tokens = 12
     compare(real.ours, name, rows, *refereed(real.theirs, name, rows,
-                                             None if name == "webqs" else 24))
+                                             None if name == "webqs" else 12))
 
 
 @pytest.fixture(scope="module")
