@@ -15,7 +15,6 @@ import io
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -24,10 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from checkpoint import UserError
 
-PATIENCE = 10.0  # seconds that other processes leave to the first one to say what went wrong
+PATIENCE = timedelta(seconds=30)  # for the first process to fail, too, and say why
 LONGEST_WAIT = timedelta(hours=2)  # for the slowest process; torchrun notices a dead one at once
 
 # ---------------------------------------------------------------------------------- who is who
@@ -57,19 +57,24 @@ def barrier() -> None:
 def together(main: Callable[[], None]) -> Callable[[], None]:
     """`main`, run by all processes that torchrun started; by one alone as it is.
 
-    Only the first prints. What another one has to say it says at the end, and only where the first
-    has not failed, too: then torchrun ends it before its patience ends. Raises UserError where the
-    processes are not alike.
+    Only the first prints. Another one has only to say why it failed, where the first did not fail,
+    too. Raises UserError where the processes are not alike.
     """
 
     def start() -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             main()
             return
-        has_gpu, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and {name} is not set: "
+                                "start several processes with torchrun, one without WORLD_SIZE")
+        has_gpu, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
         if has_gpu and local < torch.cuda.device_count():
             torch.cuda.set_device(local)  # so that "cuda" is this one
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=LONGEST_WAIT)
+        store, number, count = next(rendezvous("env://"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", store=store,
+                                rank=number, world_size=count, timeout=LONGEST_WAIT)
         streams, held = (sys.stdout, sys.stderr), io.StringIO()
         if not first():
             sys.stdout, sys.stderr = io.StringIO(), held  # no terminal: no progress bar either
@@ -77,18 +82,33 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
             check_alike(describe())
             main()
             barrier()
-            dist.destroy_process_group()
         except BaseException:
-            if not first():
-                time.sleep(PATIENCE)
-                streams[1].write(held.getvalue())
+            if number == 0:
+                store.set("failed", "")
+            said = number > 0 and comes(store, "failed")
             if not has_gpu:  # NCCL would wait for the others
                 dist.destroy_process_group()
+            if said:
+                sys.exit(1)
+            streams[1].write(held.getvalue())
             raise
         finally:
             sys.stdout, sys.stderr = streams
+        dist.destroy_process_group()
+        for stream in streams:
+            stream.flush()
+        os._exit(0)  # a thread of torch's that asks for an ending interpreter aborts the process
 
     return start
+
+
+def comes(store: dist.Store, key: str) -> bool:
+    """Whether another process sets the key before patience ends."""
+    try:
+        store.wait([key], PATIENCE)
+    except dist.DistError:
+        return False
+    return True
 
 
 def describe() -> dict[str, Any]:

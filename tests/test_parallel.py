@@ -4,6 +4,7 @@ torchrun runs this file as a script, once for all tests: `work` is what both pro
 a folder that `two` has prepared. The tests compare what they left with one process's.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,18 +24,21 @@ import farss
 import figures
 import model as M
 import parallel
+import plan
 import train
 from baselines import covariance_sweep
+from settings import settle, training_arguments
 
 REPO = Path(__file__).resolve().parent.parent
 METHODS = ["farss", "corda-kpm", "lora", "kasa", "full"]
 # 9 examples by fours: the last batch of an epoch has one, and nothing for the second process.
 SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg", "3", "--r-max",
          "5", "--calibration-examples", "24", "--batch-size", "4", "--lr", "1e-3", "--steps", "6",
-         "--examples", "9", "--device", "cpu", "--dropout", "0"]
+         "--examples", "9", "--device", "cpu", "--dropout", "0", "--micro-batch", "4"]
 DROPOUT = [*SMALL, "--method", "lora", "--dropout", "0.3", "--save-every", "2"]
 ASKED = ["--benchmarks", "gsm8k,nq_open,webqs", "--max-new-tokens", "5", "--device", "cpu",
-         "--data", "gsm8k=d/test.jsonl", "nq_open=d/nq.jsonl", "webqs=d/webqs.json"]
+         "--limit", "12", "--data", "gsm8k=d/train.jsonl", "nq_open=d/nq.jsonl",
+         "webqs=d/webqs.json"]
 # Of two processes the second has one example less, but must run the model as often.
 SHARDED = {"full": ["--method", "full", "--micro-batch", "1"],
            "tied": ["--method", "full", "--model", "tied", "--dtype", "bfloat16"],
@@ -45,7 +49,7 @@ FULL = [*SMALL, *SHARDED["full"], "--save-every", "2"]
 SHAPES = [[(5, 3), (9, 9), (1, 1)], [(4, 8)], [(7, 2), (2, 30)]]  # batches of (prompt, response)
 
 
-def torchrun(*command, cwd, timeout=300):
+def torchrun(*command, cwd, timeout=600):
     env = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc-per-node", "2", *map(str, command)], cwd=cwd, env=env,
@@ -298,11 +302,29 @@ def test_shard_with_one_process_is_said_to_do_nothing(here, capsys):
     assert C.read_json("alone/run.json")["settings"]["shard"] is False
 
 
+def test_the_plan_of_full_fine_tuning_fits_when_sharded_over_eight(monkeypatch):
+    """Llama-2-7B: 16 bytes a weight over 8, and gathered in fp32 the embedding, the head, the last
+    norm and two blocks; two of the 16 examples each."""
+    s, config = settle(training_arguments("", ["--model", "llama2-7b", "--task", "math", "--method",
+                                               "full", "--shard", "--dry-run"]))
+    one = plan.make(s, config)
+    monkeypatch.setattr(parallel, "size", lambda: 8)
+    eight = plan.make(s, config)
+    assert not one.fits and eight.fits and eight.micro_batch <= 2 < 16
+    assert eight.training["trained, with AdamW"] == 16 * 6738415616 / 8
+    block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert eight.training["gathered weights"] == 4 * (2 * 32000 * 4096 + 4096 + 2 * block)
+    alone = plan.make(dataclasses.replace(s, shard=False), config)
+    assert alone.training["trained, with AdamW"] == one.training["trained, with AdamW"]
+    assert "gathered weights" not in plan.by_part(alone.training)
+
+
 # ------------------------------------------------------------------------------- evaluation
 
 
 def test_an_evaluation_by_two_is_that_by_one(here):
-    """webqs has one question, and none for the second process."""
+    """webqs has one question, and none for the second process; the answer loss is over two batches.
+    """
     E.main(["two-farss", *ASKED, "--out", "one-evaluated"])
     one, two = (C.read_json(f"{run}/results.json") for run in ("one-evaluated", "two-farss"))
     for found in (one, two):
@@ -318,6 +340,11 @@ def test_an_evaluation_by_two_is_that_by_one(here):
 
 def test_what_processes_cannot_share_is_refused(here, monkeypatch):
     assert not Path("refused").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(C.UserError, match="WORLD_SIZE is 2 and RANK is not set: start several"):
+        parallel.together(work)()
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
     monkeypatch.setattr(parallel, "size", lambda: 4)
     with pytest.raises(C.UserError, match="--batch-size 3: less than one example for each of 4"):
         parallel.check("cpu", 3)
