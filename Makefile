@@ -14,7 +14,7 @@ lint: .venv/ready-dev  ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint      ## lint, then all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-referee: .venv-referee/ready  ## lm_eval's own code beside this one's, in an environment of its own
 	HF_HUB_OFFLINE=1 .venv-referee/bin/python -m pytest tests/test_referee.py

@@ -418,7 +418,8 @@ PLACES = ("attention.self.query", "attention.self.key", "attention.self.value",
 @pytest.mark.parametrize("targets, places", [
     (SIX, PLACES), (FOUR, [PLACES[i] for i in (0, 2, 3, 4)]), (["output.dense"], PLACES[5:]),
     (["dense"], PLACES[3:]), (["attention.self.key"], PLACES[1:2]),
-    (iter(["value", "query"]), PLACES[:3:2])], ids=str)
+    (iter(["value", "query"]), PLACES[:3:2])],
+    ids=["six", "four", "output.dense", "dense", "a key", "an iterator"])
 def test_linear_names(targets, places):
     """output.dense is the MLP's alone, though attention's ends alike; the head never has one."""
     assert M.linear_names(tiny_roberta(), targets) == layer_names(*places)
