@@ -322,7 +322,8 @@ def change(draw: random.Random, value: Any) -> Any:
             holder[draw.choice(("x", "\ud800", "", "ﬁ", "model.layers.9.x", "(a*)*"))] = (
                 holder.pop(last))
         elif kind == 2 and type(holder[last]) in (int, float):
-            holder[last] = draw.choice((-1, 2, 10**6, 0.1, -0.5)) * holder[last]
+            with contextlib.suppress(OverflowError):  # 0.1 of a number with 400 digits
+                holder[last] = draw.choice((-1, 2, 10**6, 0.1, -0.5)) * holder[last]
         else:
             holder[last] = copy.deepcopy(draw.choice(ODD))
     return value

@@ -664,10 +664,12 @@ def test_eq22_and_23_mean_of_kronecker_products_is_the_fisher():
 
 
 def test_eq24_marginal_second_moments():
-    tokens = list(each_token())
-    Sigma_h, Sigma_delta = factors(TokenNet(), batch(*MANY))
-    close(Sigma_h, sum(hh for _, hh, _ in tokens) / len(tokens))
-    close(Sigma_delta, sum(dd for _, _, dd in tokens) / len(tokens))
+    """Of all tokens at once, against h and δ of each by autograd."""
+    net, data = TokenNet(), batch(*MANY)
+    seen = list(token_by_token(net, data))
+    Sigma_h, Sigma_delta = factors(net, data)
+    close(Sigma_h, sum(torch.outer(h, h) for h, _, _, _ in seen) / len(seen))
+    close(Sigma_delta, sum(torch.outer(delta, delta) for _, _, delta, _ in seen) / len(seen))
     for Sigma in (Sigma_h, Sigma_delta):
         close(Sigma, Sigma.T)
         assert torch.linalg.eigvalsh(Sigma).min() > -1e-12

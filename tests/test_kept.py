@@ -222,6 +222,7 @@ def dying(after, how):
 def in_a_process(after, number, argv):
     """The exit status of an evaluation that is sent a signal after so many answers."""
     def run():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
         E.kept_answers = dying(after, lambda: os.kill(os.getpid(), number))
         E.main(argv)
 

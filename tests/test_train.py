@@ -861,7 +861,7 @@ def test_every_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
 
 
 def test_no_file_is_written_but_by_atomic():
-    """But the log, whose lines are added, and what a sandbox has of its own."""
+    """But logs and kept answers, whose lines are added, and what a sandbox has of its own."""
     left = {}
     for file in REPO.glob("*.py"):
         tree = ast.parse(file.read_text())
@@ -875,7 +875,8 @@ def test_no_file_is_written_but_by_atomic():
             if writes and id(node) not in inside:
                 left.setdefault(file.stem, []).append(said)
     assert left.pop("sandbox")
-    assert left == {"train": ["open(log, 'a')"], "sweep": ["open(f'{job.run}.log', 'a')"]}
+    assert left == {"train": ["open(log if parallel.first() else os.devnull, 'a')"],
+                    "eval": ["open(path, 'ab')"], "sweep": ["open(f'{job.run}.log', 'a')"]}
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(here, monkeypatch, capsys):
