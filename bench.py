@@ -68,8 +68,6 @@ LINEARS = M.DECODER_TARGETS["seven"]
 BUDGET = farss.Budget(shallow=7, R=32, r_avg=12, r_min=1, r_max=16)
 
 
-
-
 class Work(NamedTuple):
     """How much of it a measurement does."""
 

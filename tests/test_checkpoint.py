@@ -22,6 +22,7 @@ from tiny import (
     KINDS,
     MISTRAL,
     ROPE3,
+    PeakBytes,
     byte_tokenizer,
     oracle,
     padded,
@@ -31,9 +32,6 @@ from tiny import (
     write_checkpoint,
 )
 from tokenizers import AddedToken, processors
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import checkpoint as C
 import model as M
@@ -222,24 +220,6 @@ def test_loaded_weights_outlive_their_file(folder):
     with open(path, "r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
     assert all(p.equal(before[n]) for n, p in model.named_parameters())
-
-
-class PeakBytes(TorchDispatchMode):
-    """The largest total of CPU storages alive at once among those made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
-                storage = leaf.untyped_storage()
-                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return out
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

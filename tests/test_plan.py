@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_llama, write_checkpoint, write_data
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tiny import PeakBytes, tiny_batch, tiny_llama, write_checkpoint, write_data
 
 import checkpoint as C
 import data
@@ -186,24 +183,6 @@ def test_what_the_user_fixes_stays():
     assert (plan.micro_batch, plan.checkpointing) == (3, True)
 
 
-class PeakBytes(TorchDispatchMode):
-    """Most bytes that what was made inside held at once, by storage, after each operation."""
-
-    def __init__(self):
-        super().__init__()
-        self.living, self.most = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.living.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.living = {k: v for k, v in self.living.items() if not v[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.living.values()))
-        return out
-
-
 @pytest.mark.parametrize("small", [64, 4096], ids=["one side", "both sides"])
 @pytest.mark.parametrize("shallow", [0, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -216,10 +195,10 @@ def test_the_peak_of_the_sweep_is_predicted_within_a_tenth(monkeypatch, dtype, s
     s = S.Settings(model="x", dtype=dtype, rank=4, alpha=4.0, shallow=shallow, r_avg=2.0, r_max=3,
                    calibration_examples=16, max_length=128, device="cpu")
     examples = [data.Example(torch.randint(3, 512, (128,)).tolist(), 64) for _ in range(16)]
-    with PeakBytes() as peak:
+    with PeakBytes() as watch:
         farss.measure(model, train.calibration_batches(s, examples), s.layers(model), s.budget)
     parts = P.initialisation_memory(s, config, 0)
-    assert sum(parts.values()) == pytest.approx(peak.most, rel=0.1)
+    assert sum(parts.values()) == pytest.approx(watch.peak, rel=0.1)
 
 
 def test_covariances_of_a_block_are_counted_once_where_they_are_shared():
