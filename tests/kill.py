@@ -65,9 +65,13 @@ def work(run: Path) -> None:
     train.train = within(1, train.train)
     train.save_checkpoint = within(2, train.save_checkpoint)
     figures.plotting = lambda: None  # pictures are drawn again by eval.py --plot
-    if not settings.finished(run):
+    done = settings.finished(run)
+    try:  # of a finished run, too: it takes away what a kill left of its checkpoints
         train.main(["--resume", str(run)] if settings.is_run(run) else
                    [*TRAINING, "--out", str(run)])
+    except checkpoint.UserError:
+        if not done:
+            raise
     within(3, evaluation.main)([str(run), *ASKED])
     for form in export.FORMATS:
         to = run.with_name(form)
