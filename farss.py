@@ -486,7 +486,11 @@ def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if min(W.shape) < SMALL:
         return torch.linalg.svd(W, full_matrices=False)
     S, X = smaller_side(W)
-    Y = across(W, X, S)
+    return both_sides(W, S, X, across(W, X, S))
+
+
+def both_sides(W: Tensor, S: Tensor, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vh of directions of W, from X on its smaller side and Y on the other."""
     return (Y, S, X.T) if W.shape[0] >= W.shape[1] else (X, S, Y.T)
 
 
@@ -654,14 +658,16 @@ class Directions:
     def of(cls, W: Tensor) -> "Directions":
         if min(W.shape) >= SMALL:
             return cls(*smaller_side(at_least_fp32(W)))
-        U, S, Vh = svd(W)
-        return cls(S, Vh.T, U) if W.shape[0] >= W.shape[1] else cls(S, U, Vh.T)
+        return cls.from_svd(*svd(W))
+
+    @classmethod
+    def from_svd(cls, U: Tensor, S: Tensor, Vh: Tensor) -> "Directions":
+        return cls(S, Vh.T, U) if len(U) >= Vh.shape[1] else cls(S, U, Vh.T)
 
     def take(self, W: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """U (m, r), S (r,) and Vh (r, n) of the directions `index`."""
         S, X = self.S[index], self.X[:, index]
-        Y = across(W, X, S) if self.Y is None else self.Y[:, index]
-        return (Y, S, X.T) if W.shape[0] >= W.shape[1] else (X, S, Y.T)
+        return both_sides(W, S, X, across(W, X, S) if self.Y is None else self.Y[:, index])
 
 
 def look_along(W: Tensor, X: Tensor, squares: bool) -> Along:
@@ -719,8 +725,7 @@ def measure_layer(name: str, W: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor, bu
     """The same for one layer from its factors, as Eq. 8 and 13-15 say it."""
     U, S, Vh = svd(W)
     s = direction_scores(S, *lam_gam(U, Vh, Sigma_h, Sigma_delta))
-    directions = Directions(S, Vh.T, U) if len(U) >= Vh.shape[1] else Directions(S, U, Vh.T)
-    return candidates(name, W, directions, s, budget, first_token_share,
+    return candidates(name, W, Directions.from_svd(U, S, Vh), s, budget, first_token_share,
                       fisher_importance(W, Sigma_h, Sigma_delta))
 
 

@@ -631,7 +631,7 @@ def main(argv: list[str] | None = None) -> None:
             "dropped_rows": chosen.dropped, "cut_rows": chosen.cut,
             "known_as": known_as(s.model, config), **({"boundary": boundary} if boundary else {}),
             "base": str(folder.resolve()) if local else None,
-            "base_fingerprint": checkpoint.fingerprint(folder)})
+            "base_fingerprint": model.fingerprint})
     if parallel.first():
         (run / "checkpoint").mkdir(exist_ok=True)
 
