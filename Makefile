@@ -35,9 +35,13 @@ clean:          ## remove the environment, all runs and all caches
 	$(BIN)/pip install --quiet --upgrade --no-deps --target .venv/transformers4 --requirement requirements-transformers4.txt
 	touch $@
 
+# llama-index-core for NLTK's sentence splitter alone, which IFEval takes and no package has by itself
 .venv-referee/ready: requirements-referee.txt
-	$(PYTHON) -m venv .venv-referee
+	$(PYTHON) -m venv --clear .venv-referee
 	.venv-referee/bin/pip install --quiet --requirement requirements-referee.txt
+	.venv-referee/bin/pip install --quiet --no-deps --target .venv-referee/splitter llama-index-core==0.12.52
+	mv .venv-referee/splitter/llama_index/core/_static/nltk_cache .venv-referee/nltk_data
+	rm -r .venv-referee/splitter
 	touch $@
 
 .PHONY: help demo lint test test-referee clean

@@ -6,6 +6,7 @@ one judge.
 """
 
 import math
+import random
 import re
 import string
 from collections.abc import Callable, Iterable
@@ -222,11 +223,18 @@ def lm_eval_checkers() -> Callable | None:
 
 def ifeval_verdicts(output: str, gold: dict) -> dict[str, list[bool]] | None:
     """Whether the output follows all instructions of the prompt (P) and each of them (I), strictly
-    (S) and loosely (L), where it may be without its first or last line or its asterisks."""
+    (S) and loosely (L), where it may be without its first or last line or its asterisks.
+
+    Of the prompt that asks for the letter "#" the checker draws a letter at random: here always the
+    same, so that a verdict stands.
+    """
     check = lm_eval_checkers()
     if check is None:
         return None
+    state = random.getstate()
+    random.seed(0)
     found = check(gold, [output])
+    random.setstate(state)
     return {"P-S": [found["prompt_level_strict_acc"]], "P-L": [found["prompt_level_loose_acc"]],
             "I-S": found["inst_level_strict_acc"], "I-L": found["inst_level_loose_acc"]}
 

@@ -7,6 +7,7 @@ are real ones, and the model a real one, too, where FARSS_REAL_DATA and FARSS_RE
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,6 @@ DATA = Path(os.environ.get("FARSS_REAL_DATA")
             or Path(__file__).resolve().parent.parent.parent / "shared" / "data")
 FILES = {"nq_open": "nq_open_dev.jsonl", "webqs": "webqs_test.json", "ifeval": "ifeval.jsonl"}
 SPLITS = {"ifeval": "train", "webqs": "test", "nq_open": "validation", "triviaqa": "validation"}
-NEEDS_SPLITTER = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 
 OWN = {
     "triviaqa": [{"question": "Which band sang Help!?", "answer": {"aliases": [
@@ -67,20 +67,11 @@ AWKWARD = [
     "日本語", "🙂 The Beatles"]
 
 
-def has_splitter():
-    try:
-        return bool(nltk.data.find("tokenizers/punkt_tab"))
-    except LookupError:
-        return False
-
-
 @pytest.fixture(autouse=True, scope="module")
 def no_download():
-    """lm_eval fetches the sentence splitter when it is imported."""
+    """lm_eval fetches the sentence splitter anew when it is imported; the environment has it."""
     with pytest.MonkeyPatch.context() as patch:
-        if not has_splitter():
-            patch.setattr(nltk, "download", lambda *_: True)
-            patch.setattr(nltk.data, "find", lambda name, *_: name)
+        patch.setattr(nltk, "download", lambda *_: True)
         import lm_eval.tasks.ifeval.utils
         B.lm_eval_checkers.cache_clear()
         assert B.lm_eval_checkers() is lm_eval.tasks.ifeval.utils.process_results  # and seeded
@@ -88,7 +79,7 @@ def no_download():
 
 
 def rows_of(name, count):
-    """Rows of a benchmark's real file as the hub has them, else our own."""
+    """count rows (None: all) of a benchmark's real file as the hub has them, else our own."""
     file = DATA / FILES.get(name, "none")
     if not file.exists():
         return OWN[name]
@@ -96,9 +87,7 @@ def rows_of(name, count):
     if name == "webqs":
         rows = [{"question": r.get("question") or r["qText"], "answers": r["answers"]}
                 for r in rows]
-    if name == "ifeval" and not has_splitter():
-        rows = [r for r in rows if NEEDS_SPLITTER.isdisjoint(r["instruction_id_list"])]
-    return rows[:: len(rows) // count][:count]
+    return rows[:: len(rows) // count][:count] if count else rows
 
 
 TASKS = TaskManager()
@@ -217,6 +206,29 @@ def test_awkward_outputs_score_the_same(tiny, name, monkeypatch):
     records = compare(tiny.ours, name, rows, *refereed(hf, name, rows, 12))
     verdicts = [str(r["correct"]) for r in records]
     assert len(set(verdicts)) > 1 and sum(map(bool, (r["output"] for r in records))) > 20
+
+
+def test_each_prompt_of_ifeval_is_judged_by_lm_evals_checkers():
+    """Four canned answers to each of them, through our row and through lm_eval's own document."""
+    from lm_eval.tasks.ifeval.utils import process_results
+
+    verdicts = set()
+    rows = rows_of("ifeval", None)
+    for row in rows:
+        (q,) = E.questions("ifeval", [data.Row(row, "x")])
+        doc = row | {"kwargs": [{k: v for k, v in kw.items() if v} for kw in row["kwargs"]]}
+        for output in ("", row["prompt"], '"ONE TWO THREE FOUR"', "* <<Title>> lower.\n\n" * 9):
+            random.seed(0)
+            theirs = process_results(doc, [output])
+            ours = B.ifeval_verdicts(output, q.gold)
+            assert ours == {"P-S": [theirs["prompt_level_strict_acc"]],
+                            "P-L": [theirs["prompt_level_loose_acc"]],
+                            "I-S": theirs["inst_level_strict_acc"],
+                            "I-L": theirs["inst_level_loose_acc"]}
+            verdicts |= {(name, passed) for name, passed in zip(
+                row["instruction_id_list"], ours["I-S"], strict=True)}
+    if len(rows) > len(OWN["ifeval"]):
+        assert len(rows) == 541 and len({name for name, _ in verdicts}) == 25
 
 
 @pytest.mark.skipif(not REAL, reason="FARSS_REAL_MODEL names no folder")
