@@ -207,7 +207,8 @@ class Evaluator:
         """How many questions at a time the free memory has room for, at most MOST."""
         device, row = M.embedding(self.model).device, BENCHMARKS[name]
         each = PROTOCOLS[row.protocol].memory(self, row, asked)
-        return max(1, min(MOST, int(0.8 * plan.device_memory(str(device)) / each)))
+        free = plan.device_memory(str(device)) - M.packed_size(self.model)
+        return max(1, min(MOST, int(0.8 * free / each)))
 
     @property
     def itemsize(self) -> int:

@@ -391,6 +391,59 @@ def test_generate_equals_recomputation(decoder):
     assert len({tuple(c) for c in chains}) == len(chains)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["two-to-one heads", "everything", "mistral with a window",
+                                  "gemma2"])
+@pytest.mark.parametrize("residual", [None, "split", "exact"])
+def test_packed_weights_multiply_as_the_plain_ones(kind, residual, monkeypatch):
+    """The same tokens, logits to the last bits, and afterwards the plain layers again."""
+    model = tiny_llama(num_hidden_layers=2, **KINDS[kind])
+    if residual:
+        M.attach(model, random_adapters(model, FIVE), scaling=0.5, residual=residual)
+        for layer in M.adapted_layers(model).values():
+            layer.B += 0.3 * torch.randn_like(layer.B)
+    weights = {n: w.clone() for n, w in model.state_dict().items()}
+    ids, _ = padded("right")
+    plain, chains = model(ids), M.generate(model, PROMPTS, 6)
+    assert M.packed_size(model) == 0
+    monkeypatch.setattr(M, "WIDE", 1)
+    with pytest.raises(KeyboardInterrupt), M.packed(model):
+        close(model(ids), plain, rtol=1e-3, atol=1e-3)
+        assert model.lm_head.forward.args[0].layout == torch._mkldnn
+        raise KeyboardInterrupt
+    assert not any("forward" in vars(m) for m in model.modules())
+    equal(model(ids), plain)
+    products = Mock(side_effect=M.onednn_linear)
+    monkeypatch.setattr(M, "onednn_linear", products)
+    assert M.generate(model, PROMPTS, 6) == chains
+    assert products.call_count == (7 * 2 + 1) * (4 + 5)  # four prompts, then all together
+    for name, weight in model.state_dict().items():
+        equal(weight, weights[name])
+
+
+def test_what_is_packed(monkeypatch):
+    """Weights of fp32 on a CPU that are wide and few; the size is that of all of them."""
+    monkeypatch.setattr(M, "WIDE", 32)
+    model = tiny_llama(num_hidden_layers=1)
+    size = 4 * (sum(w.numel() for n, w in model.named_parameters() if "proj" in n) + 258 * 32)
+    assert M.packed_size(model) == size
+    assert M.packed_size(tiny_llama(num_hidden_layers=1, hidden_size=31)) == 0
+    for dtype in (torch.bfloat16, torch.float64):
+        assert M.packed_size(tiny_llama(num_hidden_layers=1).to(dtype)) == 0
+    assert M.packed_size(tiny_llama(num_hidden_layers=1).to("meta")) == 0
+    monkeypatch.setattr(M, "PACKED", size)
+    assert M.packed_size(model) == size
+    monkeypatch.setattr(M, "PACKED", size - 1)
+    assert M.packed_size(model) == 0
+    monkeypatch.setattr(M, "PACKED", 1e9)
+    for place, name, answer in ((torch.backends.mkldnn, "is_available", False),
+                                (torch.backends.cpu, "get_cpu_capability", "SVE256")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda answer=answer: answer)
+            assert M.packed_size(model) == 0
+    assert M.packed_size(model) == size
+
+
 @pytest.mark.parametrize("new", [0, 1, 5])
 def test_max_new_tokens(llama, chains, new):
     assert M.generate(llama, PROMPTS, new) == [c[:new] for c in chains]
