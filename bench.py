@@ -6,6 +6,7 @@
     python bench.py --blocks            peak memory of the sweep as blocks are added; no FOLDER
     python bench.py --starts            the start of every method, beside peft's; no FOLDER
     python bench.py --decompositions    three ways to Eq. 13; no FOLDER
+    python bench.py --growth            how FARSS's start grows with the model's size; no FOLDER
 
 Every measurement is a process of its own, the two sides taking turns, so that their ratio holds
 when the machine's speed drifts and peak memory is each side's own. Reported: the median over
@@ -28,6 +29,8 @@ OMP_NUM_THREADS=1 they hardly depend on what else the machine does. Needs requir
                     of Llama-2-7B's shapes (--width and --mlp for smaller ones), R = 128, 16
                     sequences of 256 tokens; the block is a deep one, "/ shallow" the other kind;
                     peft's, where it has the method, a sequence at a time
+    growth          the same of FARSS on small random models, and the exponent p of what fits best,
+                    seconds = c x^p and GB = c x^p
     decompositions  seconds of torch's SVD, of farss.svd and of the fp64 eigendecomposition of the
                     smaller Gram matrix, one random W of either shape
     initialisation  beside FARSS on factors of the whole model at once (kfac_factors), which need
@@ -36,6 +39,7 @@ OMP_NUM_THREADS=1 they hardly depend on what else the machine does. Needs requir
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -57,6 +61,7 @@ import checkpoint
 import data
 import eval as evaluation
 import farss
+import figures
 import model as M
 import plan
 import train
@@ -305,6 +310,8 @@ def initialise_whole(folder: str, w: Work) -> Timed:
 
 
 BLOCKS = (4, 8, 16, 32)
+# Freed memory goes back to the system at once; else the peak would tell of malloc's free lists.
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 NARROW: dict[str, Any] = dict(
     vocab_size=64, hidden_size=64, intermediate_size=2048, num_attention_heads=4,
     num_key_value_heads=4, head_dim=16, max_position_embeddings=512)
@@ -329,28 +336,37 @@ def grown(blocks: int, whole: bool) -> float:
 
 # ----------------------------------------------------------------------- the start of every method
 
-SEQUENCES, LENGTH, RANK = 16, 256, 128
+LENGTH = 256
 
 
-def one_block(width: int, mlp: int) -> M.Config:
-    heads = max(1, width // 128)
-    return M.Config(512, width, mlp, 1, heads, heads, width // heads)
+class Size(NamedTuple):
+    """Of a random model, what it is calibrated on and R."""
+
+    width: int = 4096
+    mlp: int = 11008
+    blocks: int = 1
+    sequences: int = 16
+    rank: int = 128
+
+    def config(self) -> M.Config:
+        heads = max(1, self.width // 128)
+        return M.Config(512, self.width, self.mlp, self.blocks, heads, heads, self.width // heads)
+
+    def examples(self) -> list[data.Example]:
+        draw = torch.Generator().manual_seed(0)
+        return [data.Example(torch.randint(3, 512, (LENGTH,), generator=draw).tolist(), LENGTH // 2)
+                for _ in range(self.sequences)]
 
 
-def sequences() -> list[data.Example]:
-    draw = torch.Generator().manual_seed(0)
-    return [data.Example(torch.randint(3, 512, (LENGTH,), generator=draw).tolist(), LENGTH // 2)
-            for _ in range(SEQUENCES)]
-
-
-def start_here(method: str, width: int, mlp: int, shallow: bool = False) -> dict[str, float]:
+def start_here(method: str, size: Size, shallow: bool = False) -> dict[str, float]:
     """Seconds and bytes that a method's start takes."""
     torch.manual_seed(0)
-    model = M.CausalLM(one_block(width, mlp)).eval()
-    s = Settings(model="a random block", method=method, shallow=int(shallow), rank=RANK,
-                 alpha=float(RANK), device="cpu", dtype="float32", calibration_examples=SEQUENCES)
+    model = M.CausalLM(size.config()).eval()
+    s = Settings(model="random blocks", method=method, shallow=int(shallow), rank=size.rank,
+                 alpha=float(size.rank), device="cpu", dtype="float32",
+                 calibration_examples=size.sequences)
     before, began = plan.memory_used("cpu"), time.perf_counter()
-    train.initialise(model, s, sequences())
+    train.initialise(model, s, size.examples())
     return {"seconds": time.perf_counter() - began, "bytes": plan.memory_used("cpu") - before}
 
 
@@ -368,21 +384,21 @@ def peft_start(method: str) -> dict[str, Any] | None:
     return known.get(method)
 
 
-def start_in_peft(method: str, width: int, mlp: int) -> dict[str, float]:
+def start_in_peft(method: str, size: Size) -> dict[str, float]:
     import peft
     import transformers
     from peft.tuners.lora.corda import preprocess_corda
 
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **{k: v for k, v in checkpoint.config_json(one_block(width, mlp)).items()
+        **{k: v for k, v in checkpoint.config_json(size.config()).items()
            if k not in ("architectures", "model_type")})).eval()
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LINEARS),
+    config = peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=list(LINEARS),
                              **(peft_start(method) or {}))
 
     @torch.no_grad()
     def run_model():
-        for e in sequences():
+        for e in size.examples():
             model(torch.tensor([e.ids]))
 
     before, began = plan.memory_used("cpu"), time.perf_counter()
@@ -392,18 +408,69 @@ def start_in_peft(method: str, width: int, mlp: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "bytes": plan.memory_used("cpu") - before}
 
 
-def starts(width: int, mlp: int, methods: list[str]) -> None:
+def start(method: str, side: str, size: Size, **environment: str) -> dict[str, float]:
+    return fresh("--start", method, side, *map(str, size), **environment)
+
+
+def starts(size: Size, methods: list[str]) -> None:
     print(f"{'method':16}{'seconds':>9}{'GB added':>10}{'peft: seconds':>15}{'GB added':>10}")
-    size = (str(width), str(mlp))
     for method in methods:
         kinds = {method: "here", f"{method} / shallow": "shallow"}
         for name, side in list(kinds.items())[: 1 + METHODS[method].adaptive]:
-            here = fresh("--start", method, side, *size)
+            here = start(method, side, size)
             line = f"{name:16}{here['seconds']:>9.1f}{here['bytes'] / 1e9:>10.2f}"
             if peft_start(method) is not None:
-                there = fresh("--start", method, "peft", *size)
+                there = start(method, "peft", size)
                 line += f"{there['seconds']:>15.1f}{there['bytes'] / 1e9:>10.2f}"
             print(line, flush=True)
+
+
+BASE = Size(1024, 2816, 1, 16, 64)
+GROWTH: dict[str, list[Size]] = {
+    "width": [BASE._replace(width=w, mlp=w * 11 // 4) for w in (512, 1024, 2048)],
+    "blocks": [BASE._replace(blocks=n) for n in (1, 2, 4, 8)],
+    "sequences": [BASE._replace(sequences=n) for n in (16, 32, 64, 128)],
+    "rank": [BASE._replace(rank=n) for n in (16, 64, 256)],
+}
+
+
+def exponent(x: list[float], y: list[float]) -> float:
+    """p of the y = c x^p that fits best: the slope of log y over log x."""
+    return statistics.linear_regression(list(map(math.log, x)), list(map(math.log, y))).slope
+
+
+def growth(axes: list[str]) -> dict[str, dict[str, list[float]]]:
+    """How FARSS's start, of deep blocks, grows: prints and returns {axis: {what: values}}."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for axis in axes:
+        along = [getattr(size, axis) for size in GROWTH[axis]]
+        took = [start("farss", "here", size, **EXACT) for size in GROWTH[axis]]
+        found[axis] = {axis: along, "seconds": [t["seconds"] for t in took],
+                       "GB added": [t["bytes"] / 1e9 for t in took]}
+        print(f"{axis:12}" + "".join(f"{value:>9}" for value in along) + f"{'exponent':>11}")
+        for what in ("seconds", "GB added"):
+            values = found[axis][what]
+            print(f"  {what:10}" + "".join(f"{v:>9.2f}" for v in values)
+                  + f"{exponent(along, values):>11.2f}", flush=True)
+    return found
+
+
+def draw_growth(found: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Seconds and memory along each axis, both scales logarithmic."""
+    pyplot = figures.plotting()
+    if pyplot is None:
+        sys.exit(f"bench.py: {figures.MISSING}")
+    figure, axes = pyplot.subplots(1, len(found), figsize=(3.2 * len(found), 3), squeeze=False)
+    for ax, (axis, values) in zip(axes[0], found.items(), strict=True):
+        for what, style in zip(("seconds", "GB added"), figures.styles(2), strict=True):
+            p = exponent(values[axis], values[what])
+            ax.loglog(values[axis], values[what], label=f"{what}, exponent {p:.2f}", **style)
+        ax.set_xticks(values[axis], [str(v) for v in values[axis]])
+        ax.minorticks_off()
+        ax.set(xlabel=axis)
+        ax.legend(fontsize=7)
+    figure.tight_layout()
+    figures.save(pyplot, figure, path)
 
 
 def gram_svd(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -500,10 +567,8 @@ def machine() -> dict[str, Any]:
 
 def along_blocks() -> None:
     print(f"{'blocks':>8}{'sweep, MB added':>18}{'all factors at once':>22}")
-    # Freed memory goes back to the system at once; else the peak would tell of malloc's free lists.
-    exact = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     for blocks in BLOCKS:
-        added = [fresh("--grown", str(blocks), str(whole), **exact)["bytes"] for whole in (0, 1)]
+        added = [fresh("--grown", str(blocks), str(whole), **EXACT)["bytes"] for whole in (0, 1)]
         print(f"{blocks:>8}{added[0] / 1e6:>18.0f}{added[1] / 1e6:>22.0f}", flush=True)
 
 
@@ -523,9 +588,12 @@ def main() -> None:
                         choices=(adapted := [m for m, r in METHODS.items()
                                              if r.trains == "adapters"]), default=adapted)
     parser.add_argument("--decompositions", action="store_true", help="three ways to Eq. 13")
+    parser.add_argument("--growth", nargs="*", choices=tuple(GROWTH), metavar="AXIS",
+                        help=f"the start of FARSS along {', '.join(GROWTH)}, or some of them")
+    parser.add_argument("--plot", type=Path, help="of --growth: a picture, .png or .svg")
     parser.add_argument("--width", type=int, default=4096, help="of --starts; default %(default)s")
     parser.add_argument("--mlp", type=int, default=11008, help="of --starts; default %(default)s")
-    parser.add_argument("--start", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--start", nargs=7, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--grown", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -536,17 +604,24 @@ def main() -> None:
     elif args.grown:
         print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]))}))
     elif args.start:
-        method, side, width, mlp = args.start
-        size = int(width), int(mlp)
-        print(json.dumps(start_in_peft(method, *size) if side == "peft" else
-                         start_here(method, *size, side == "shallow")))
+        method, side, *numbers = args.start
+        size = Size(*map(int, numbers))
+        print(json.dumps(start_in_peft(method, size) if side == "peft" else
+                         start_here(method, size, side == "shallow")))
+    elif args.growth is not None:
+        print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, at {BASE}")
+        found = growth(args.growth or list(GROWTH))
+        if args.json:
+            checkpoint.save_json(args.json, machine() | {"base": BASE._asdict(), "growth": found})
+        if args.plot:
+            draw_growth(found, args.plot)
     elif args.starts or args.decompositions:
         print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, one block of "
               f"width {args.width}, MLP {args.mlp}")
         if args.decompositions:
             decompositions(args.width, args.mlp)
         if args.starts:
-            starts(args.width, args.mlp, args.methods)
+            starts(Size(args.width, args.mlp), args.methods)
     elif args.blocks:
         along_blocks()
     elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):

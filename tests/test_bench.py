@@ -89,3 +89,38 @@ def test_evaluation_wants_questions(more, folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         bench.main()
     assert ended.value.code == 2 and "--questions FILE" in capsys.readouterr().err
+
+
+def test_growth_is_measured_by_exponents(tmp_path, monkeypatch, capsys):
+    """Of a start that costs 3 x² seconds and 5 √x bytes along each axis."""
+    def fresh(flag, method, side, *size, **environment):
+        varied = [int(x) / b for x, b in zip(size, bench.BASE, strict=True)]
+        x = next((v for v in varied if v != 1), 1)
+        return {"seconds": 3 * x**2, "bytes": 5e9 * x**0.5}
+
+    monkeypatch.setattr(bench, "fresh", fresh)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--growth", "--json", str(tmp_path / "g.json"),
+                                      "--plot", str(tmp_path / "g.png")])
+    bench.main()
+    written, out = json.loads((tmp_path / "g.json").read_text()), capsys.readouterr().out
+    assert set(written["growth"]) == set(bench.GROWTH)
+    for values in written["growth"].values():
+        axis = next(iter(values))
+        assert bench.exponent(values[axis], values["seconds"]) == pytest.approx(2)
+        assert bench.exponent(values[axis], values["GB added"]) == pytest.approx(0.5)
+    assert out.count("     2.00\n") >= 4 and out.count("     0.50\n") >= 4
+    assert (tmp_path / "g.png").stat().st_size > 10_000
+
+
+def test_a_start_is_measured_where_it_is_told(monkeypatch):
+    """Every part of a size reaches the model, its data and its rank."""
+    seen = {}
+
+    def initialise(model, s, examples):
+        seen.update(blocks=len(model.blocks), width=model.config.hidden_size,
+                    mlp=model.config.intermediate_size, sequences=len(examples), rank=s.rank)
+
+    monkeypatch.setattr(bench.train, "initialise", initialise)
+    size = bench.Size(128, 352, 3, 5, 7)
+    bench.start_here("farss", size)
+    assert seen == size._asdict()
