@@ -367,6 +367,7 @@ def shown_settings(s: Settings) -> dict[str, Any]:
 def licence_of(folder: Path) -> str | None:
     """What the base's own card names, where it lies beside the weights."""
     card = folder / "README.md"
+    checkpoint.check_file(card)
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license: *(\S+)", front[1], re.MULTILINE) if front else None
@@ -384,10 +385,9 @@ def vllm_note(source: Source, form: str) -> list[str]:
 
 def scores(source: Source) -> list[str]:
     """What eval.py found of the run, if it did."""
-    path = source.run / "results.json"
-    if not path.exists():
+    if not (source.run / "results.json").exists():
         return []
-    results = read_results(path)
+    results = read_results(source.run)
     cells = flat_scores(results["benchmarks"]) | results.get("summary", {})
     if not cells:
         return []

@@ -6,9 +6,10 @@ Each case takes a good file, damages it (bytes flipped, cut, doubled; values of 
 sizes, NaN, lone surrogates, deep nesting, duplicate keys, names that leave the folder, links, a
 folder or a pipe in its place), and reads it as the scripts do. A reader may either load it, and
 then everything in it is finite and of the right shape, and equal to what was written where the file
-carries a seal; or raise a UserError, which is one line. Anything else (another exception, a dead
-process, more than a few seconds or a gigabyte) is a fault, printed with the number of the case,
-which --only repeats. Exit status 1 if there was one. Needs os.fork.
+carries a seal, and no link of a model's or a run's folder led out of it; or raise a UserError,
+which is one line. Anything else (another exception, a dead process, more than a few seconds or a
+gigabyte) is a fault, printed with the number of the case, which --only repeats. Exit status 1 if
+there was one. Needs os.fork.
 """
 
 import argparse
@@ -181,6 +182,9 @@ READERS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
 
 
 READER = list(READERS)
+# Data, which the user names, may lie behind any link.
+FROM_USER = [name for name, (place, *_) in READERS.items() if place.split("-")[0] in (
+    "data", "questions")]
 
 
 def make_world(root: Path) -> None:
@@ -288,7 +292,7 @@ def become(draw: random.Random, path: Path) -> None:
     elif kind == 3:
         outside = path.parent.parent / "outside"
         kept.rename(outside)
-        path.symlink_to(outside)
+        path.symlink_to(outside)  # the good file
     elif kind == 4:
         path.symlink_to("/dev/zero" if draw.random() < 0.5 else "/dev/null")
     else:
@@ -403,6 +407,10 @@ def one_case(seed: int, number: int, scratch: Path) -> tuple[str, str]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             read(folder)
+        link = folder / file
+        if link.exists() and name not in FROM_USER and not link.resolve().is_relative_to(
+                folder.resolve()):
+            return name, "followed a link out of the folder"
         return name, "loaded"
     except UserError as error:
         line = " ".join(str(error).split())

@@ -484,6 +484,17 @@ def test_nothing_is_left_of_an_export_that_failed(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["README.md", "special_tokens_map.json"])
+def test_a_base_whose_links_lead_out_of_it(bases, tmp_path, name):
+    base = write_checkpoint(tmp_path / "base", num_hidden_layers=2)
+    run = make_run(tmp_path / "run", base, "lora", dtype="float32")
+    (tmp_path / "secret").write_text("---\nlicense: secret\n---")
+    (base / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(C.UserError, match=f"{name}: a link that leads out of its folder"):
+        exported(run, "merged")
+    assert not list(tmp_path.glob("run-*"))
+
+
 def test_a_base_that_was_moved(bases, tmp_path):
     base = write_checkpoint(tmp_path / "base", num_hidden_layers=2)
     run = make_run(tmp_path / "run", base, "lora", dtype="float32")
