@@ -15,6 +15,7 @@ there was one. Needs os.fork.
 import argparse
 import contextlib
 import copy
+import gzip
 import io
 import json
 import math
@@ -30,6 +31,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +151,18 @@ def read_questions(name: str) -> Callable[[Path], None]:
     """As eval.py asks a benchmark; the judge, too, must take any gold answer that passed."""
     def read(folder: Path) -> None:
         rows = benchmarks.kept(name, data.read_rows(str(folder / "rows.jsonl")))
-        asked = evaluation.questions(name, rows)
+        asked, b = evaluation.questions(name, rows), benchmarks.BENCHMARKS[name]
         evaluation.hash_of(asked)
         for q in asked:
-            assert len(TOKENIZER.encode(q.prompt)) > 1
-            if not benchmarks.BENCHMARKS[name].program:
-                benchmarks.BENCHMARKS[name].judge("4", q.gold)
+            if isinstance(q.prompt, list):
+                assert 0 < len(TOKENIZER.encode_texts(q.prompt, 64)[0]) <= 64
+            else:
+                assert len(TOKENIZER.encode(q.prompt)) > 1
+            if b.program:
+                assert isinstance(b.program("return 4", q.gold), str)
+            elif not b.prepare:  # that judge is another project's code
+                for judge in filter(None, (b.judge, b.official)):
+                    judge("4", q.gold)
     return read
 
 
@@ -175,9 +183,10 @@ READERS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "ranks.json": ("run", "ranks.json", read_ranks),
     "log.jsonl": ("run", "log.jsonl", read_log),
     **{name: ("data", name, read_training_data(name))
-       for name in ("train.jsonl", "train.json", "train.tsv", "turns.jsonl")},
+       for name in ("train.jsonl", "train.json", "train.tsv", "turns.jsonl", "train.jsonl.gz",
+                    *(["train.parquet"] if find_spec("pyarrow") else []))},
     **{f"questions of {name}": (f"questions-{name}", "rows.jsonl", read_questions(name))
-       for name in ("gsm8k", "nq_open", "webqs", "triviaqa", "piqa", "city")},
+       for name in benchmarks.BENCHMARKS},
 }
 
 
@@ -239,11 +248,21 @@ def make_world(root: Path) -> None:
             "train.tsv": "Quality\t#1 String\t#2 String\n1\ta\tb\n0\tc\t\"d\n"}
     for name, content in text.items():
         (root / "data" / name).write_text(content)
+    packed = gzip.compress(text["train.jsonl"].encode(), mtime=0)
+    (root / "data" / "train.jsonl.gz").write_bytes(packed)
+    if "train.parquet" in READERS:
+        save_parquet(root / "data" / "train.parquet", rows)
     from test_benchmarks import ROWS
 
     for name in [n.rpartition(" ")[2] for n in READERS if n.startswith("questions")]:
         (root / f"questions-{name}").mkdir()
         (root / f"questions-{name}" / "rows.jsonl").write_text((json.dumps(ROWS[name]) + "\n") * 2)
+
+
+def save_parquet(path: Path, rows: list[dict]) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 # -------------------------------------------------------------------------------- how it is damaged
@@ -350,11 +369,17 @@ def change_json(draw: random.Random, path: Path) -> None:
         header += b" " * (-len(header) % 8)
         claimed = draw.choice((len(header),) * 6 + (2**63 - 1, 99_000_000, len(header) + 8))
         path.write_bytes(claimed.to_bytes(8, "little") + header + content[8 + size :])
-    elif path.suffix == ".jsonl":
-        lines = content.decode().splitlines()
+    elif path.suffix in (".jsonl", ".gz"):
+        packed = path.suffix == ".gz"
+        lines = (gzip.decompress(content) if packed else content).decode().splitlines()
         i = draw.randrange(len(lines))
         lines[i] = dumped(draw, change(draw, json.loads(lines[i])))
-        path.write_text("\n".join(lines) + "\n")
+        text = ("\n".join(lines) + "\n").encode()
+        path.write_bytes(gzip.compress(text, mtime=0) if packed else text)
+    elif path.suffix == ".parquet":
+        rows = [row.fields for row in data.read_file(path)]
+        with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError, OSError):
+            save_parquet(path, change(draw, rows))  # not all values go into its columns
     elif path.suffix == ".json":
         path.write_text(dumped(draw, change(draw, json.loads(content))))
     else:
