@@ -615,8 +615,8 @@ def run_main(main: Callable[[], None], with_less_memory: str = "") -> None:
         fail(f"out of memory ({line})" + (with_less_memory and f"; {with_less_memory}"), code=1)
     except OSError as error:
         fail(str(error), code=1)
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+    except KeyboardInterrupt as error:
+        fail(f"interrupted; {error}" if str(error) else "interrupted", code=130)
 
 
 # ----------------------------------------------------------------------------- the run's folder
