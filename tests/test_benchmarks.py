@@ -364,7 +364,7 @@ def test_every_row_of_the_table_is_complete(name):
 def test_rows_that_json_lets_through_and_nothing_can_use():
     """Half of a UTF-16 pair in a test, and a label that is more than any float."""
     for name, change in (
-            ("mbpp", {"test_list": ["assert '\\ud800'"]}), ("stsb", {"label": 10**400})):
+            ("mbpp", {"test_list": ["assert '\ud800'"]}), ("stsb", {"label": 10**400})):
         with pytest.raises(UserError, match="x:2"):
             B.BENCHMARKS[name].gold(data.Row(ROWS[name] | change, "x:2"))
 
