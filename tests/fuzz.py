@@ -378,8 +378,8 @@ def change_json(draw: random.Random, path: Path) -> None:
         path.write_bytes(gzip.compress(text, mtime=0) if packed else text)
     elif path.suffix == ".parquet":
         rows = [row.fields for row in data.read_file(path)]
-        with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError, OSError):
-            save_parquet(path, change(draw, rows))  # not all values go into its columns
+        with contextlib.suppress(Exception):
+            save_parquet(path, change(draw, rows))  # its columns do not take every value
     elif path.suffix == ".json":
         path.write_text(dumped(draw, change(draw, json.loads(content))))
     else:
