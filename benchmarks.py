@@ -459,7 +459,8 @@ def humaneval_gold(row: data.Row) -> dict:
 
 def assertions(row: data.Row) -> list[str]:
     found = row.get(["test_list"], list)
-    if not all(isinstance(text, str) for text in found):
+    if not all(isinstance(text, str) and text.encode(errors="replace").decode() == text
+               for text in found):
         raise UserError(f"{row.where}: the tests {str(found)[:60]} are not all texts")
     return found
 

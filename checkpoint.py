@@ -429,7 +429,7 @@ def fingerprint(folder: str | Path) -> str:
     parts = {}
     for file in weight_files(folder):
         path = Path(folder) / file
-        check_ends(path)
+        check_file(path)
         try:
             with safe_open(path, "pt") as shard:
                 for name in shard.keys():  # noqa: SIM118
@@ -462,7 +462,7 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
         path = Path(folder) / file
         if not path.exists():
             raise UserError(f"{path}: named by the index, but not there")
-        check_ends(path)
+        check_file(path)
         try:
             with safe_open(path, "pt") as shard:
                 shapes = {n: tuple(shard.get_slice(n).get_shape()) for n in shard.keys()}  # noqa: SIM118
@@ -622,6 +622,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype | None = None,
     device = pick_device(None if device is None else str(device))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     folder = fetch(name_or_path)
+    companions(folder)  # a link is refused now, not when a finished training copies them
     config = own = read_config(folder)
     if labels is not None and FAMILIES[config.model_type].encoder:
         config = replace(config, labels=tuple(labels))
@@ -828,16 +829,29 @@ def unload(model: nn.Module, folder: str | Path) -> None:
 # ---------------------------------------------------------------------- files, whole or not
 
 
-def check_ends(path: Path) -> None:
-    """UserError for a pipe or device, which may never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+def check_file(path: Path) -> None:
+    """UserError for a pipe or device, which may never end, and for a link out of the folder that
+    the file lies in, which could make any file of this machine part of a result.
+
+    The folder itself may be a link. Of links out of it only those of the hub's cache are followed:
+    models--OWNER--NAME/snapshots/REVISION/FILE leads to models--OWNER--NAME/blobs/HASH.
+    """
+    if not path.exists():
+        return
+    if not path.is_file() and not path.is_dir():
         raise UserError(f"{path}: a pipe or device, not a file")
+    folder, real = (Path(os.path.realpath(p)) for p in (path.parent, path))
+    cached = any(above.name.startswith("models--") and real.parent == above / "blobs"
+                 and folder.is_relative_to(above / "snapshots") for above in folder.parents)
+    if not real.is_relative_to(folder) and not cached:
+        raise UserError(f"{path}: a link that leads out of its folder, to {real}; copy that file "
+                        "here, or name the folder where it lies")
 
 
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file; UserError when it is missing, broken or not an object."""
     try:
-        check_ends(Path(path))
+        check_file(Path(path))
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -850,15 +864,23 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def companions(folder: Path) -> list[Path]:
     """What stands beside the weights of a checkpoint: tokenizer, chat template, generation
-    config; and the pad id of its config.json."""
-    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-                    "merges.txt", "chat_template*", "generation_config.json"):
-        for file in source.glob(pattern):
-            if file.is_file():
-                with atomic(target / file.name) as temporary:
-                    shutil.copyfile(file, temporary)
+    config. UserError for a link out of the folder."""
+    found = [file for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
+                                  "vocab.*", "merges.txt", "chat_template*",
+                                  "generation_config.json")
+             for file in folder.glob(pattern) if file.is_file()]
+    for file in found:
+        check_file(file)
+    return found
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """The companions, and the pad id of its config.json."""
+    for file in companions(source):
+        with atomic(target / file.name) as temporary:
+            shutil.copyfile(file, temporary)
     pad = read_json(source / "config.json").get("pad_token_id")
     if pad is not None:
         save_json(target / "config.json", read_json(target / "config.json") | {
@@ -984,7 +1006,7 @@ def raw_bytes(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Any
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata."""
-    check_ends(Path(path))
+    check_file(Path(path))
     try:
         with safe_open(path, "pt") as file:
             # clone: never keep a view of the file, which may change under us.
@@ -1022,7 +1044,7 @@ class Tokenizer:
         if not path.exists():
             raise UserError(f"{path}: no such file; sentencepiece-only checkpoints need a "
                             "tokenizer.json (transformers' AutoTokenizer writes one)")
-        check_ends(path)
+        check_file(path)
         with one_line(f"{path}: not a readable tokenizer"):
             self.hf = HFTokenizer.from_file(str(path))
             self.hf.no_truncation()

@@ -450,7 +450,7 @@ def label_of(row: Row, classes: tuple[str, ...]) -> int | float:
         try:
             if math.isfinite(float(value)):
                 return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):  # a whole number of 400 digits
             pass
         raise UserError(f"{row.where}: the label {str(value)[:40]!a} is not a number")
     known = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}

@@ -26,7 +26,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,7 @@ from settings import (
     run_main,
 )
 
+MARK = "farss-export.lock"  # in a folder that is being written
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in front of every name in a file of peft
 
@@ -367,6 +368,7 @@ def shown_settings(s: Settings) -> dict[str, Any]:
 def licence_of(folder: Path) -> str | None:
     """What the base's own card names, where it lies beside the weights."""
     card = folder / "README.md"
+    checkpoint.check_file(card)
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license: *(\S+)", front[1], re.MULTILINE) if front else None
@@ -384,10 +386,9 @@ def vllm_note(source: Source, form: str) -> list[str]:
 
 def scores(source: Source) -> list[str]:
     """What eval.py found of the run, if it did."""
-    path = source.run / "results.json"
-    if not path.exists():
+    if not (source.run / "results.json").exists():
         return []
-    results = read_results(path)
+    results = read_results(source.run)
     cells = flat_scores(results["benchmarks"]) | results.get("summary", {})
     if not cells:
         return []
@@ -497,17 +498,54 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--to {folder}: is there already; name another, or remove it")
     temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        raise UserError(f"{temporary}: left by an export that was killed; remove it")
-    temporary.mkdir(parents=True)
+    files, mark = temporary / "files", temporary / MARK
+    with claim(temporary):
+        try:
+            shutil.rmtree(files, ignore_errors=True)  # of an export that was killed
+            files.mkdir()
+            yield files
+            if folder.exists():
+                folder.rmdir()
+            os.replace(files, folder)
+            checkpoint.sync_entries(folder.parent)
+        finally:
+            shutil.rmtree(files, ignore_errors=True)
+            with suppress(OSError):  # where an open file cannot go, or something else was put there
+                mark.unlink()
+                temporary.rmdir()
+
+
+@contextmanager
+def claim(temporary: Path) -> Iterator[None]:
+    """Within `with`, the folder `temporary`, new or what a killed export left, is this process's
+    alone.
+
+    The mark stands in it before anything else and is locked while its process lives; a kill frees
+    the lock. UserError for a folder that holds anything but the mark and what an export writes
+    beside it, and where another export has the lock.
+    """
     try:
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
-        checkpoint.sync_entries(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        left = False
+    except FileExistsError:
+        left = True
+        found = {x.name for x in temporary.iterdir()} if temporary.is_dir() else {temporary.name}
+        if temporary.is_symlink() or not found <= {MARK, "files"} or found == {"files"}:
+            raise UserError(f"{temporary}: is in the way, and not what a killed export leaves; "
+                            "remove or rename it") from None
+    with open(temporary / MARK, "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{temporary}: another export is writing there; wait for it, or name "
+                            "another folder") from None
+        except (ImportError, OSError):  # Windows, and disks of a network that know no locks
+            if left:
+                raise UserError(f"{temporary}: left by an export that was killed, or is still at "
+                                "work; remove it") from None
+        yield
 
 
 def number_of_bytes(text: str) -> int:

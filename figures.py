@@ -115,7 +115,7 @@ def draw_curves(pyplot: Any, curves: dict[str, list[dict]], groups: dict[str, st
 def read_log(run: Path) -> list[dict]:
     """log.jsonl, one dict a step; nothing where there is none."""
     path = run / "log.jsonl"
-    checkpoint.check_ends(path)
+    checkpoint.check_file(path)
     lines = []
     for i, line in enumerate(data.read_file(path), 1) if path.exists() else ():
         numbers = [line.fields.get(key) for key in ("step", "loss")]

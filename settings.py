@@ -615,8 +615,8 @@ def run_main(main: Callable[[], None], with_less_memory: str = "") -> None:
         fail(f"out of memory ({line})" + (with_less_memory and f"; {with_less_memory}"), code=1)
     except OSError as error:
         fail(str(error), code=1)
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+    except KeyboardInterrupt as error:
+        fail(f"interrupted; {error}" if str(error) else "interrupted", code=130)
 
 
 # ----------------------------------------------------------------------------- the run's folder
@@ -661,10 +661,11 @@ def is_score(value: Any) -> bool:
 
 
 def read_results(path: str | Path) -> dict:
-    """results.json of a run folder, or of the file itself; UserError for what eval.py does not
-    write."""
+    """results.json of a run folder, or the file itself, which may be a link; UserError for what
+    eval.py does not write."""
     path = Path(path)
-    path = path / "results.json" if path.is_dir() else path
+    path = (path / "results.json" if path.is_dir() else
+            path.resolve() if path.is_file() and path.is_symlink() else path)
     results = checkpoint.read_json(path)
     found = results.get("benchmarks")
     each = [found, results.get("summary", {}), *(found.values() if isinstance(found, dict) else ())]

@@ -16,6 +16,7 @@ is a folder runs/<model>-<task>-<method>-s<seed> with run.json, ranks.json, log.
 adapter.safetensors (for --method full: a model folder), to be read by `python eval.py`.
 """
 
+import argparse
 import json
 import math
 import os
@@ -57,6 +58,7 @@ from settings import (
     finished,
     for_task,
     given,
+    is_run,
     known_as,
     origins,
     read_run,
@@ -464,6 +466,37 @@ def newest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+class Interruptible:
+    """Within `with`, Ctrl-C and SIGTERM end in a KeyboardInterrupt that says what is left of `run`,
+    which is set as soon as there may be something, and how to go on."""
+
+    def __init__(self):
+        self.run: Path | None = None
+
+    def __enter__(self):
+        def handler(number, frame):
+            raise KeyboardInterrupt(left_of(self.run))
+
+        self.before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def left_of(run: Path | None) -> str:
+    """What an interrupted command leaves of its run, and which command goes on."""
+    if run is None or not is_run(run):
+        return "nothing was kept; the same command starts again"
+    if finished(run):
+        return f"{run} is finished; evaluate it with: python eval.py {run}"
+    start = run / "checkpoint" / "init.safetensors"
+    kept = newest_checkpoint(run) or (start if start.exists() else None)
+    return (f"{kept} is kept" if kept else "only the settings are kept, and no start") + (
+        f"; go on with: python train.py --resume {run}")
+
+
 class StopRequest:
     """Within `with`, Ctrl-C and SIGTERM only set `asked`, so that a step is never cut in two."""
 
@@ -552,8 +585,14 @@ def started_with(run: Path | None, s: Settings, chosen: data.TrainingSet) -> Non
 
 def main(argv: list[str] | None = None) -> None:
     args = training_arguments(__doc__, argv)
+    with Interruptible() as interruptible:
+        one_run(args, interruptible)
+
+
+def one_run(args: argparse.Namespace, interruptible: Interruptible) -> None:
+    """From the arguments to the finished run, and its plan alone with --dry-run."""
     if args.resume:
-        run = args.resume
+        run = interruptible.run = args.resume
         s, recorded = read_run(run)
         if finished(run):
             shutil.rmtree(run / "checkpoint.tmp", ignore_errors=True)  # killed while they went
@@ -568,6 +607,7 @@ def main(argv: list[str] | None = None) -> None:
         run, recorded = args.out or run_folder(s), None
         if not args.dry_run:  # before the data are read
             check_new(run)
+            interruptible.run = run
         rows = (data.read_rows(s.data, data.TASKS[s.task].source)
                 if not args.dry_run or data.is_local(s.data) else [])
         planned = plan.make(s, config, args.memory and args.memory * 1e9, len(rows))

@@ -6,14 +6,16 @@ Each case takes a good file, damages it (bytes flipped, cut, doubled; values of 
 sizes, NaN, lone surrogates, deep nesting, duplicate keys, names that leave the folder, links, a
 folder or a pipe in its place), and reads it as the scripts do. A reader may either load it, and
 then everything in it is finite and of the right shape, and equal to what was written where the file
-carries a seal; or raise a UserError, which is one line. Anything else (another exception, a dead
-process, more than a few seconds or a gigabyte) is a fault, printed with the number of the case,
-which --only repeats. Exit status 1 if there was one. Needs os.fork.
+carries a seal, and no link of a model's or a run's folder led out of it; or raise a UserError,
+which is one line. Anything else (another exception, a dead process, more than a few seconds or a
+gigabyte) is a fault, printed with the number of the case, which --only repeats. Exit status 1 if
+there was one. Needs os.fork.
 """
 
 import argparse
 import contextlib
 import copy
+import gzip
 import io
 import json
 import math
@@ -29,6 +31,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +151,18 @@ def read_questions(name: str) -> Callable[[Path], None]:
     """As eval.py asks a benchmark; the judge, too, must take any gold answer that passed."""
     def read(folder: Path) -> None:
         rows = benchmarks.kept(name, data.read_rows(str(folder / "rows.jsonl")))
-        asked = evaluation.questions(name, rows)
+        asked, b = evaluation.questions(name, rows), benchmarks.BENCHMARKS[name]
         evaluation.hash_of(asked)
         for q in asked:
-            assert len(TOKENIZER.encode(q.prompt)) > 1
-            if not benchmarks.BENCHMARKS[name].program:
-                benchmarks.BENCHMARKS[name].judge("4", q.gold)
+            if isinstance(q.prompt, list):
+                assert 0 < len(TOKENIZER.encode_texts(q.prompt, 64)[0]) <= 64
+            else:
+                assert len(TOKENIZER.encode(q.prompt)) > 1
+            if b.program:
+                assert isinstance(b.program("return 4", q.gold), str)
+            elif not b.prepare:  # that judge is another project's code
+                for judge in filter(None, (b.judge, b.official)):
+                    judge("4", q.gold)
     return read
 
 
@@ -174,13 +183,17 @@ READERS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "ranks.json": ("run", "ranks.json", read_ranks),
     "log.jsonl": ("run", "log.jsonl", read_log),
     **{name: ("data", name, read_training_data(name))
-       for name in ("train.jsonl", "train.json", "train.tsv", "turns.jsonl")},
+       for name in ("train.jsonl", "train.json", "train.tsv", "turns.jsonl", "train.jsonl.gz",
+                    *(["train.parquet"] if find_spec("pyarrow") else []))},
     **{f"questions of {name}": (f"questions-{name}", "rows.jsonl", read_questions(name))
-       for name in ("gsm8k", "nq_open", "webqs", "triviaqa", "piqa", "city")},
+       for name in benchmarks.BENCHMARKS},
 }
 
 
 READER = list(READERS)
+# Data, which the user names, may lie behind any link.
+FROM_USER = [name for name, (place, *_) in READERS.items() if place.split("-")[0] in (
+    "data", "questions")]
 
 
 def make_world(root: Path) -> None:
@@ -235,11 +248,21 @@ def make_world(root: Path) -> None:
             "train.tsv": "Quality\t#1 String\t#2 String\n1\ta\tb\n0\tc\t\"d\n"}
     for name, content in text.items():
         (root / "data" / name).write_text(content)
+    packed = gzip.compress(text["train.jsonl"].encode(), mtime=0)
+    (root / "data" / "train.jsonl.gz").write_bytes(packed)
+    if "train.parquet" in READERS:
+        save_parquet(root / "data" / "train.parquet", rows)
     from test_benchmarks import ROWS
 
     for name in [n.rpartition(" ")[2] for n in READERS if n.startswith("questions")]:
         (root / f"questions-{name}").mkdir()
         (root / f"questions-{name}" / "rows.jsonl").write_text((json.dumps(ROWS[name]) + "\n") * 2)
+
+
+def save_parquet(path: Path, rows: list[dict]) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 # -------------------------------------------------------------------------------- how it is damaged
@@ -288,7 +311,7 @@ def become(draw: random.Random, path: Path) -> None:
     elif kind == 3:
         outside = path.parent.parent / "outside"
         kept.rename(outside)
-        path.symlink_to(outside)
+        path.symlink_to(outside)  # the good file
     elif kind == 4:
         path.symlink_to("/dev/zero" if draw.random() < 0.5 else "/dev/null")
     else:
@@ -346,11 +369,17 @@ def change_json(draw: random.Random, path: Path) -> None:
         header += b" " * (-len(header) % 8)
         claimed = draw.choice((len(header),) * 6 + (2**63 - 1, 99_000_000, len(header) + 8))
         path.write_bytes(claimed.to_bytes(8, "little") + header + content[8 + size :])
-    elif path.suffix == ".jsonl":
-        lines = content.decode().splitlines()
+    elif path.suffix in (".jsonl", ".gz"):
+        packed = path.suffix == ".gz"
+        lines = (gzip.decompress(content) if packed else content).decode().splitlines()
         i = draw.randrange(len(lines))
         lines[i] = dumped(draw, change(draw, json.loads(lines[i])))
-        path.write_text("\n".join(lines) + "\n")
+        text = ("\n".join(lines) + "\n").encode()
+        path.write_bytes(gzip.compress(text, mtime=0) if packed else text)
+    elif path.suffix == ".parquet":
+        rows = [row.fields for row in data.read_file(path)]
+        with contextlib.suppress(Exception):
+            save_parquet(path, change(draw, rows))  # its columns do not take every value
     elif path.suffix == ".json":
         path.write_text(dumped(draw, change(draw, json.loads(content))))
     else:
@@ -403,6 +432,10 @@ def one_case(seed: int, number: int, scratch: Path) -> tuple[str, str]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             read(folder)
+        link = folder / file
+        if link.exists() and name not in FROM_USER and not link.resolve().is_relative_to(
+                folder.resolve()):
+            return name, "followed a link out of the folder"
         return name, "loaded"
     except UserError as error:
         line = " ".join(str(error).split())

@@ -75,7 +75,6 @@ def work(run: Path) -> None:
     within(3, evaluation.main)([str(run), *ASKED])
     for form in export.FORMATS:
         to = run.with_name(form)
-        shutil.rmtree(f"{to}.tmp", ignore_errors=True)  # as export.py asks for
         if not to.exists():
             within(4, export.main)([str(run), "--to", str(to), "--format", form])
 

@@ -361,6 +361,14 @@ def test_every_row_of_the_table_is_complete(name):
             b.gold(data.Row(broken, "x:2"))
 
 
+def test_rows_that_json_lets_through_and_nothing_can_use():
+    """Half of a UTF-16 pair in a test, and a label that is more than any float."""
+    for name, change in (
+            ("mbpp", {"test_list": ["assert '\ud800'"]}), ("stsb", {"label": 10**400})):
+        with pytest.raises(UserError, match="x:2"):
+            B.BENCHMARKS[name].gold(data.Row(ROWS[name] | change, "x:2"))
+
+
 def test_a_number_in_a_list_of_answers_is_its_text():
     row = data.Row({"question": "q", "answer": [5, "five"]}, "x")
     assert B.BENCHMARKS["nq_open"].gold(row) == ["5", "five"] and B.exact_match("5", ["5", "five"])

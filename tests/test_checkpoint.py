@@ -923,6 +923,106 @@ def test_what_never_ends_is_not_read(folder, name, kind):
             folder / name, "a pipe or device")
 
 
+def moved(file, place):
+    """A file at another place, and a link to it where it was."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(place)
+    file.symlink_to(os.path.relpath(place, file.parent))
+
+
+def read_all(folder, tmp_path):
+    """As the scripts read a model folder, and as an export copies it."""
+    load(folder)
+    C.fingerprint(folder)
+    C.Tokenizer(folder, C.read_config(folder))
+    target = tmp_path / "target"
+    target.mkdir()
+    C.save_json(target / "config.json", {})
+    C.copy_companions(folder, target)
+    return sorted(p.name for p in target.iterdir())
+
+
+@pytest.mark.parametrize("name, reads", [
+    ("config.json", load),
+    ("config.json", C.read_config),
+    ("model.safetensors", load),
+    ("model.safetensors", C.fingerprint),
+    ("model-1.safetensors", load),
+    (INDEX, load),
+    ("tokenizer.json", load),
+    ("tokenizer.json", lambda folder: C.Tokenizer(folder, C.MODELS["microcosm"][1])),
+    ("tokenizer_config.json", lambda folder: C.Tokenizer(folder, C.read_config(folder))),
+    ("tokenizer.model", load),
+    ("tokenizer.model", lambda folder: C.copy_companions(folder, folder.parent / "target")),
+    ("chat_template.jinja", load),
+])
+def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, name, reads):
+    """A good file behind it would do, so the link alone is what is refused."""
+    if name in (INDEX, "model-1.safetensors"):
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        names = load_file(folder / "model-1.safetensors")
+        (folder / INDEX).write_text(
+            json.dumps({"weight_map": dict.fromkeys(names, "model-1.safetensors")}))
+    if not (folder / name).exists():
+        (folder / name).write_text("{}")
+    moved(folder / name, tmp_path / "secret")
+    refused(lambda: reads(folder), folder / name,
+            f"a link that leads out of its folder, to {tmp_path / 'secret'}; copy that file here")
+    assert not (tmp_path / "target").exists()
+
+
+def test_an_adapter_that_is_a_link_out_of_its_folder(folder, tmp_path):
+    path = tmp_path / "run" / "adapter.safetensors"
+    path.parent.mkdir()
+    model = spoilt_adapter(folder, path, lambda *_: None)
+    moved(path, tmp_path / "secret")
+    refused(lambda: C.load_adapter(model, path), path, "leads out of its folder")
+
+
+def test_links_that_stay_within_the_folder(folder, tmp_path):
+    for file in list(folder.iterdir()):
+        moved(file, folder / "files" / file.name)
+    (tmp_path / "link").symlink_to(folder)  # and the folder itself is one
+    assert "tokenizer.json" in read_all(tmp_path / "link", tmp_path)
+
+
+def test_the_links_of_the_hubs_cache(folder, tmp_path):
+    """snapshots/REVISION/FILE -> ../../blobs/HASH, but not to another repository's blobs, nor
+    through blobs that are a link themselves."""
+    repo = tmp_path / "models--owner--name"
+    snapshot = repo / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    for i, file in enumerate(sorted(snapshot.iterdir())):
+        moved(file, repo / "blobs" / f"{i:040x}")
+    assert "tokenizer.json" in read_all(snapshot, tmp_path)
+    (tmp_path / "link").symlink_to(repo)
+    load(tmp_path / "link" / "snapshots" / "0123")
+
+    config = snapshot / "config.json"
+    kept = config.readlink()
+    for place in (tmp_path / "models--owner--other" / "blobs" / "1", repo / "refs" / "main",
+                  tmp_path / "blobs" / "1"):
+        place.parent.mkdir(parents=True)
+        shutil.copyfile(repo / "blobs" / kept.name, place)
+        config.unlink()
+        config.symlink_to(place)
+        refused(lambda: load(snapshot), config, "leads out of its folder")
+    config.unlink()
+    config.symlink_to(kept)
+    (repo / "blobs").rename(tmp_path / "elsewhere")
+    (repo / "blobs").symlink_to(tmp_path / "elsewhere")
+    refused(lambda: load(snapshot), snapshot, "leads out of its folder")
+
+
+def test_a_hub_folder_by_another_name_is_none(folder, tmp_path):
+    (tmp_path / "snapshots").mkdir()
+    folder.rename(tmp_path / "snapshots" / "0123")
+    folder = tmp_path / "snapshots" / "0123"
+    moved(folder / "config.json", tmp_path / "blobs" / "1")
+    refused(lambda: load(folder), folder / "config.json", "leads out of its folder")
+
+
 def spoilt_adapter(folder, path, change):
     """A file like an adapter's, without a seal; returns the model that it is for."""
     model = load(folder, torch.float32)

@@ -443,7 +443,8 @@ def test_the_rounding_of_a_bf16_run_is_said(bases, tmp_path, capsys):
     (["stopped", "--to", "x", "--format", "peft"], "not finished"),
     (["run", "--to", "full", "--format", "peft"], "--to full: is there already"),
     (["run", "--to", "file", "--format", "peft"], "--to file: is there already"),
-    (["run", "--to", "cut", "--format", "peft"], "cut.tmp: left by an export that was killed"),
+    (["run", "--to", "cut", "--format", "peft"], "cut.tmp: is in the way, and not what"),
+    (["run", "--to", "own", "--format", "peft"], "own.tmp: is in the way, and not what"),
     (["run", "--to", "x", "--format", "gguf"], "invalid choice: 'gguf'"),
     (["run", "--format", "peft"], "required: --to"),
     (["run", "--to", "x", "--format", "merged", "--shard-size", "5"], "write 5GB or 500MB"),
@@ -457,9 +458,11 @@ def test_bad_input_is_one_line_exit_2_and_no_folder(run, bases, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     for name, place in (("run", run), ("base", bases / "float32")):
         (tmp_path / name).symlink_to(place)
-    for name in ("full", "cut.tmp", "stopped", "damaged"):
+    for name in ("full", "cut.tmp", "own.tmp", "stopped", "damaged"):
         (tmp_path / name).mkdir()
-    (tmp_path / "full" / "mine").touch()
+    for folder, files in (("full", "mine"), ("cut.tmp", "files"), ("own.tmp", "mine")):
+        (tmp_path / folder / files).touch()
+    (tmp_path / "own.tmp" / export.MARK).touch()
     (tmp_path / "file").touch()
     for name in ("stopped", "damaged"):
         (tmp_path / name / "run.json").write_bytes((run / "run.json").read_bytes())
@@ -482,6 +485,86 @@ def test_nothing_is_left_of_an_export_that_failed(run, tmp_path, monkeypatch):
     with pytest.raises(OSError):
         export.main([str(run), "--to", str(tmp_path / "x"), "--format", "merged"])
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {repo!r})
+import export
+
+def card(*_):
+    print("written", flush=True)
+    sys.stdin.read()
+
+export.model_card = card
+export.main(sys.argv[1:])
+"""
+
+
+def test_what_a_killed_export_left_goes_with_the_next(run, tmp_path):
+    """While the process lives, another one must not touch its files; after kill -9 they go."""
+    argv = [str(run), "--to", str(tmp_path / "x"), "--format", "merged"]
+    script = KILLED.format(repo=os.path.dirname(export.__file__))
+    with subprocess.Popen([sys.executable, "-c", script, *argv], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "written\n"
+        files = sorted(p.name for p in (tmp_path / "x.tmp" / "files").iterdir())
+        assert "model.safetensors" in files
+        with pytest.raises(C.UserError, match="another export is writing there"):
+            export.main(argv)
+        assert sorted(p.name for p in (tmp_path / "x.tmp" / "files").iterdir()) == files
+        child.kill()
+    assert [p.name for p in tmp_path.iterdir()] == ["x.tmp"]
+    (tmp_path / "x.tmp" / "files" / "of-another-format").touch()
+    export.main(argv)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == sorted([*files, "README.md"])
+
+
+@pytest.mark.parametrize("left", [[], [export.MARK]])
+def test_an_export_that_was_killed_at_once(run, tmp_path, left):
+    (tmp_path / "x.tmp").mkdir()
+    for name in left:
+        (tmp_path / "x.tmp" / name).touch()
+    export.main([str(run), "--to", str(tmp_path / "x"), "--format", "peft"])
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("kind", ["a link", "a file"])
+def test_what_no_export_left_stays(run, tmp_path, kind):
+    (tmp_path / "mine" / "files").mkdir(parents=True)
+    (tmp_path / "mine" / "files" / "dear").touch()
+    (tmp_path / "mine" / export.MARK).touch()
+    if kind == "a link":
+        (tmp_path / "x.tmp").symlink_to(tmp_path / "mine")
+    else:
+        (tmp_path / "x.tmp").write_text("dear")
+    with pytest.raises(C.UserError, match="is in the way"):
+        export.main([str(run), "--to", str(tmp_path / "x"), "--format", "peft"])
+    assert (tmp_path / "mine" / "files" / "dear").exists() and (tmp_path / "x.tmp").exists()
+
+
+def test_where_there_are_no_locks_a_remainder_stays(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    argv = [str(run), "--to", str(tmp_path / "x"), "--format", "peft"]
+    (tmp_path / "x.tmp").mkdir()
+    with pytest.raises(C.UserError, match="was killed, or is still at work"):
+        export.main(argv)
+    (tmp_path / "x.tmp" / export.MARK).unlink()
+    (tmp_path / "x.tmp").rmdir()
+    export.main(argv)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "special_tokens_map.json"])
+def test_a_base_whose_links_lead_out_of_it(bases, tmp_path, name):
+    base = write_checkpoint(tmp_path / "base", num_hidden_layers=2)
+    run = make_run(tmp_path / "run", base, "lora", dtype="float32")
+    (tmp_path / "secret").write_text("---\nlicense: secret\n---")
+    (base / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(C.UserError, match=f"{name}: a link that leads out of its folder"):
+        exported(run, "merged")
+    assert not list(tmp_path.glob("run-*"))
 
 
 def test_a_base_that_was_moved(bases, tmp_path):

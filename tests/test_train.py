@@ -589,6 +589,48 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, monkeypatc
     assert one == two
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place, name, says, next_argv", [
+    ("data", "training_set", "nothing was kept; the same command starts again", None),
+    ("train", "initialise", "only the settings are kept, and no start; go on with: "
+     "python train.py --resume cut", ["--resume", "cut"]),
+    ("train", "show_start", "cut/checkpoint/init.safetensors is kept; go on with: "
+     "python train.py --resume cut", ["--resume", "cut"]),
+    ("train", "resume", "cut/checkpoint/init.safetensors is kept; go on with: "
+     "python train.py --resume cut", ["--resume", "cut"]),
+    ("figures", "plotting", "cut is finished; evaluate it with: python eval.py cut", []),
+])
+def test_a_signal_before_or_after_the_steps_says_what_is_kept(
+        here, monkeypatch, capsys, number, place, name, says, next_argv):
+    train.main([*SMALL, "--out", "whole"])
+    capsys.readouterr()
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(f"{place}.{name}", lambda *_: os.kill(os.getpid(), number))
+        S.run_main(lambda: train.main([*SMALL, "--out", "cut"]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 130 and err.endswith(f": interrupted; {says}\n")
+    assert err.count("\n") == 1
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    if next_argv != []:
+        train.main(next_argv or [*SMALL, "--out", "cut"])
+    one, two = ((here / d / "adapter.safetensors").read_bytes() for d in ("cut", "whole"))
+    assert one == two
+
+
+def test_a_signal_after_a_checkpoint_names_it(here, monkeypatch, capsys):
+    """Here while a run is resumed, before its first step."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train.main([*SMALL, "--out", "cut"])
+    with monkeypatch.context() as patch, pytest.raises(
+            KeyboardInterrupt, match=r"step-000003\.safetensors is kept; .* --resume cut$"):
+        patch.setattr(train, "resume", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        train.main(["--resume", "cut"])
+
+
 def test_runs_are_reproducible_and_seeds_differ(here):
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         train.main([*SMALL, "--seed", seed, "--out", out])
