@@ -1,10 +1,11 @@
-"""eval.py: what is kept of an evaluation. Interruptions, memory that runs out, verdicts anew."""
+"""results.py, and eval.py with it: interruptions, memory that runs out, verdicts anew."""
 
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from test_benchmarks import ROWS
 from test_code import HUMANEVAL
 from tiny import byte_tokenizer, oracle, tiny_llama, write_checkpoint, write_data
 
+import benchmarks as B
 import checkpoint as C
 import data
 import eval as E
 import model as M
 import plan
+import results as R
 from checkpoint import UserError
 
 UNITS = "The answer is: x/2."  # right by the official rule alone, and for every question
@@ -71,7 +74,7 @@ def results_of(folder):
     def strip(value):
         return ({k: strip(v) for k, v in value.items() if k not in ONLY_THEN}
                 if isinstance(value, dict) else value)
-    return strip(E.read_results(folder))
+    return strip(R.read_results(folder))
 
 
 def files_of(folder):
@@ -130,12 +133,12 @@ def test_a_runs_k_and_t_are_there_again(world, monkeypatch):
     nq = ["--benchmarks", "nq_open", "--data", "nq_open=d/nq.jsonl"]
     E.main(["tiny", *nq])
     shutil.copytree("runs/tiny-base", "runs/run")
-    results = E.read_results("runs/run") | {"method": "lora", "weights": "other"}
+    results = R.read_results("runs/run") | {"method": "lora", "weights": "other"}
     C.save_json("runs/run/results.json", results)
     E.main(["--rescore", "runs/run"])
-    assert E.read_results("runs/run")["summary"].keys() == {"Avg", "K"}
+    assert R.read_results("runs/run")["summary"].keys() == {"Avg", "K"}
     E.main(["--rescore", "runs/tiny-base"])
-    assert E.read_results("runs/tiny-base")["summary"].keys() == {"Avg"}
+    assert R.read_results("runs/tiny-base")["summary"].keys() == {"Avg"}
 
 
 @pytest.mark.parametrize("break_it, says", [
@@ -190,10 +193,10 @@ def test_a_class_is_the_highest_score():
     """As torch's argmax has it; of one class it is the score."""
     draw = torch.Generator().manual_seed(0)
     for scores in (*torch.randn(20, 3, generator=draw), torch.tensor([1.0, 2.0, 2.0])):
-        q = E.Question(["x"], int(scores.argmax()))
+        q = B.Question(["x"], int(scores.argmax()))
         record = E.judge_class(E.BENCHMARKS["mnli"], q, {"scores": scores.tolist()}, "strict")
         assert record["predicted"] == q.gold and record["correct"]
-    record = E.judge_class(E.BENCHMARKS["stsb"], E.Question(["x"], 2.0), {"scores": [1.5]}, "")
+    record = E.judge_class(E.BENCHMARKS["stsb"], B.Question(["x"], 2.0), {"scores": [1.5]}, "")
     assert record["predicted"] == 1.5 and not record["correct"]
 
 
@@ -205,9 +208,9 @@ ASKED = ["--benchmarks", "gsm8k,nq_open,webqs", "--max-new-tokens", "7", "--devi
 
 def dying(after, how):
     """Evaluator.answers' `finished`, which ends the process once it has been told so often."""
-    real, told = E.kept_answers, []
+    real, told = R.kept_answers, []
 
-    @E.contextmanager
+    @contextmanager
     def kept_answers(*args):
         with real(*args) as (known, finished, size):
             def then(i, said):
@@ -301,17 +304,17 @@ def test_a_classifiers_scores_go_on_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random_roberta.write(tmp_path)
     model = C.load("model", device="cpu", labels=("negative", "positive"), seed=3)
-    asked = [E.Question([f"text {'and more ' * (i % 5)}"], i % 2) for i in range(11)]
+    asked = [B.Question([f"text {'and more ' * (i % 5)}"], i % 2) for i in range(11)]
 
     def ask(path, size, batch_size=1):
         evaluator = E.Evaluator(model, C.Tokenizer("model", model.config), size)
-        with E.kept_answers(path, {"a": 1}, size) as (known, finished, stored):
+        with R.kept_answers(path, {"a": 1}, size) as (known, finished, stored):
             evaluator.batch_size = stored
             return evaluator.ask("sst2", asked, known, finished)
 
     undisturbed = ask(Path("one"), 1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(E, "kept_answers", dying(6, lambda: (_ for _ in ()).throw(KeyboardInterrupt)))
+        patch.setattr(R, "kept_answers", dying(6, lambda: (_ for _ in ()).throw(KeyboardInterrupt)))
         ask(Path("two"), 1)
     assert len(Path("two").read_text().splitlines()) == 1 + 6
     assert ask(Path("two"), 2) == undisturbed
@@ -327,7 +330,7 @@ def evaluator(tmp_path):
     return E.Evaluator(model, C.Tokenizer(tmp_path, model.config), batch_size=8, max_new_tokens=6)
 
 
-QUESTIONS = [E.Question(f"{'long ' * (i % 4)}question {i}", ["a", "bc"]) for i in range(9)]
+QUESTIONS = [B.Question(f"{'long ' * (i % 4)}question {i}", ["a", "bc"]) for i in range(9)]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(
@@ -396,7 +399,7 @@ def test_the_batch_is_chosen_said_and_recorded(world, monkeypatch, capsys):
     assert "3 at a time)" in capsys.readouterr().out
     E.main(["tiny", *ASKED, "--out", "one", "--batch-size", "1"])
     assert files_of("auto") == files_of("one")
-    auto, one = E.read_results("auto"), E.read_results("one")
+    auto, one = R.read_results("auto"), R.read_results("one")
     assert (auto["batch_size"], one["batch_size"]) == ("auto", 1)
     assert {b["batch_size"] for b in auto["benchmarks"].values()} == {3}
 
@@ -436,7 +439,7 @@ def test_the_loss_of_right_answers_is_transformers(evaluator, tmp_path):
 def test_forgetting_is_shown_beside_k(world, capsys):
     E.main(["tiny", *ASKED])
     shutil.copytree("runs/tiny-base", "runs/run")
-    base, run = E.read_results("runs/tiny-base"), E.read_results("runs/run")
+    base, run = R.read_results("runs/tiny-base"), R.read_results("runs/run")
     assert {b for b, r in base["benchmarks"].items() if "known_loss" in r} == {"nq_open", "webqs"}
     run |= {"method": "lora", "weights": "other"}
     for b, loss in (("nq_open", 2.0), ("webqs", 3.0)):
