@@ -197,7 +197,7 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
     batches, reduce = parallel.deal(calibration_batches(s, examples))
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
     need = plan.initialisation_memory(s, model.config, 0) | {"kept inputs": kept}
-    keep_on = None if plan.fits(need, plan.device_memory(s.device)) else "cpu"
+    keep_on = None if plan.leaves_room(need, plan.device_memory(s.device)) else "cpu"
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
