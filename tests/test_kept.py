@@ -152,8 +152,8 @@ def test_a_runs_k_and_t_are_there_again(world, monkeypatch):
     (None, r"gsm8k\.jsonl: no such file"),
 ])
 def test_broken_records_are_one_line_and_nothing_is_written(world, break_it, says):
-    gsm = ["--benchmarks", "gsm8k", "--data", "gsm8k=d/test.jsonl", "--limit", "3"]
-    E.main(["tiny", *gsm, "--max-new-tokens", "2", "--out", "one"])
+    both = ["--benchmarks", "nq_open,gsm8k", "--data", "gsm8k=d/test.jsonl", "nq_open=d/nq.jsonl"]
+    E.main(["tiny", *both, "--limit", "3", "--max-new-tokens", "2", "--out", "one"])
     file, results = Path("one/eval/gsm8k.jsonl"), Path("one/results.json")
     stored = results.read_bytes()
     if break_it:
@@ -178,6 +178,24 @@ def test_bad_arguments(argv, says, capsys):
         E.evaluation_arguments(argv)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and says in err
+
+
+@pytest.mark.parametrize("torn", ["humaneval.jsonl", "humaneval-samples.jsonl"])
+def test_records_are_replaced_as_a_whole(tmp_path, monkeypatch, torn):
+    (tmp_path / "eval").mkdir()
+    before, after = ([{"gold": {"task_id": "t"}, "extracted": said}] for said in ("old", "new"))
+    R.write_records(tmp_path, "humaneval", before)
+    stored, real = files_of(tmp_path), Path.write_text
+
+    def write_text(path, text):
+        real(path, text if torn not in path.name else text[:9])
+        if torn in path.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(KeyboardInterrupt):
+        R.write_records(tmp_path, "humaneval", after)
+    assert files_of(tmp_path)[torn] == stored[torn] and files_of(tmp_path).keys() == stored.keys()
 
 
 def test_no_results_no_rescoring(world):
@@ -278,10 +296,29 @@ def test_what_was_finished_before_the_interruption_is_not_asked_again(world, cou
     assert counted == [0, 1, 8, 2]
 
 
+def test_answers_cut_at_any_byte_go_on_and_are_whole_the_next_time(tmp_path):
+    """What is known are the lines that came to their end; the batch is that of the first start."""
+    path, order = tmp_path / "x", (2, 0, 1)
+    answers = {0: {"output": "two\nlines"}, 1: {"output": ""}, 2: {"output": "é"}}
+    with R.kept_answers(path, {"a": 1}, 3) as (_, keep, _):
+        for i in order:
+            keep(i, answers[i])
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        ends = whole[:cut].count(b"\n")
+        done = order[: max(0, ends - 1)]
+        with R.kept_answers(path, {"a": 1}, 7) as (known, keep, size):
+            assert known == {i: answers[i] for i in done} and size == (3 if ends else 7)
+            for i in order[len(done):]:
+                keep(i, answers[i])
+        assert path.read_bytes() == (whole if ends else whole.replace(b"3", b"7", 1))
+
+
 @pytest.mark.parametrize("more", [
     ["--max-new-tokens", "3"], ["--bos", "always"], ["--limit", "1"], ["--dtype", "bfloat16"],
-    "weights", "tokenizer"])
-def test_other_settings_start_anew(world, counted, more):
+    "weights", "tokenizer", "stops"])
+def test_other_settings_start_anew(world, counted, monkeypatch, more):
     """But a judge changes no answer."""
     nq = ["tiny", "--benchmarks", "nq_open", "--data", "nq_open=d/nq.jsonl", "--max-new-tokens",
           "4", "--device", "cpu", "--out", "out"]
@@ -291,6 +328,9 @@ def test_other_settings_start_anew(world, counted, more):
     elif more == "tokenizer":
         with open("tiny/tokenizer.json", "a") as file:
             file.write("\n")
+    elif more == "stops":
+        row = E.BENCHMARKS["nq_open"]
+        monkeypatch.setitem(E.BENCHMARKS, "nq_open", row._replace(stops=(*row.stops, "never said")))
     E.main([*nq, *(more if isinstance(more, list) else [])])
     assert counted == [1 if "--limit" in more else 2]
     assert in_a_process(1, signal.SIGKILL, nq) == -signal.SIGKILL
@@ -318,6 +358,18 @@ def test_a_classifiers_scores_go_on_to_the_bit(tmp_path, monkeypatch):
         ask(Path("two"), 1)
     assert len(Path("two").read_text().splitlines()) == 1 + 6
     assert ask(Path("two"), 2) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["nq_open", "webqs"])
+def test_each_new_answer_is_told_once_and_no_known_one_is_asked(evaluator, name):
+    told = []
+    whole = evaluator.answers(name, QUESTIONS, {}, lambda i, said: told.append((i, said)))
+    assert sorted(i for i, _ in told) == list(range(9)) and all(whole[i] == s for i, s in told)
+    told.clear()
+    known = {i: {"said before": i} for i in (0, 3, 4)}
+    found = evaluator.answers(name, QUESTIONS, known, lambda i, said: told.append((i, said)))
+    assert found == [known.get(i, said) for i, said in enumerate(whole)]
+    assert sorted(i for i, _ in told) == [1, 2, 5, 6, 7, 8]
 
 
 # ------------------------------------------------------------------------------------ batch sizes
