@@ -317,7 +317,7 @@ def test_answers_cut_at_any_byte_go_on_and_are_whole_the_next_time(tmp_path):
 
 @pytest.mark.parametrize("more", [
     ["--max-new-tokens", "3"], ["--bos", "always"], ["--limit", "1"], ["--dtype", "bfloat16"],
-    "weights", "tokenizer", "stops"])
+    "weights", "tokenizer", "stops", "questions"])
 def test_other_settings_start_anew(world, counted, monkeypatch, more):
     """But a judge changes no answer."""
     nq = ["tiny", "--benchmarks", "nq_open", "--data", "nq_open=d/nq.jsonl", "--max-new-tokens",
@@ -328,6 +328,10 @@ def test_other_settings_start_anew(world, counted, monkeypatch, more):
     elif more == "tokenizer":
         with open("tiny/tokenizer.json", "a") as file:
             file.write("\n")
+    elif more == "questions":
+        rows = [json.loads(line) for line in Path("d/nq.jsonl").read_text().splitlines()]
+        Path("d/nq.jsonl").write_text("".join(json.dumps(
+            row | {"question": row["question"] + " today"}) + "\n" for row in rows))
     elif more == "stops":
         row = E.BENCHMARKS["nq_open"]
         monkeypatch.setitem(E.BENCHMARKS, "nq_open", row._replace(stops=(*row.stops, "never said")))
@@ -403,6 +407,23 @@ def test_out_of_memory_halves_the_batch_and_asks_the_rest(evaluator, error, monk
     assert sorted(told) == list(range(9)) and evaluator.batch_size == 2
     said = capsys.readouterr().out
     assert said.count("nq_open: out of memory") == 2 and "2 at a time" in said
+
+
+def test_what_was_answered_before_memory_ran_out_is_not_asked_again(evaluator, monkeypatch):
+    asked = []
+
+    def answer(evaluator, name, questions, known, finished):
+        for i in [i for i in range(9) if i not in known]:
+            asked.append(i)
+            finished(i, {"output": str(i)})
+            if evaluator.batch_size > 1:
+                raise torch.OutOfMemoryError("full")
+        return {}
+
+    monkeypatch.setitem(E.PROTOCOLS, "complete", E.PROTOCOLS["complete"]._replace(answer=answer))
+    assert evaluator.answers("nq_open", QUESTIONS, {}, E.nobody) == [
+        {"output": str(i)} for i in range(9)]
+    assert asked == list(range(9)) and evaluator.batch_size == 1
 
 
 def test_out_of_memory_with_one_question_and_other_errors_are_raised(evaluator, monkeypatch):
