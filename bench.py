@@ -57,6 +57,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import benchmarks
 import checkpoint
 import data
 import eval as evaluation
@@ -66,7 +67,6 @@ import model as M
 import plan
 import train
 from baselines import METHODS
-from benchmarks import BENCHMARKS
 from settings import Settings, provenance
 
 LINEARS = M.DECODER_TARGETS["seven"]
@@ -241,9 +241,9 @@ def load_transformers(folder: str, w: Work) -> Timed:
 BENCHMARK, ANSWER = "nq_open", 64  # new tokens at most
 
 
-def questions(w: Work) -> list[evaluation.Question]:
+def questions(w: Work) -> list[benchmarks.Question]:
     """Those of the file that main puts into the environment."""
-    return evaluation.questions(BENCHMARK, data.read_rows(os.environ["QUESTIONS"]))[: w.questions]
+    return benchmarks.questions(BENCHMARK, data.read_rows(os.environ["QUESTIONS"]))[: w.questions]
 
 
 def evaluate_here(folder: str, w: Work) -> Timed:
@@ -259,9 +259,9 @@ def evaluate_transformers(folder: str, w: Work) -> Timed:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    asked, row = questions(w), BENCHMARKS[BENCHMARK]
+    asked, row = questions(w), benchmarks.BENCHMARKS[BENCHMARK]
 
-    def ask(some: list[evaluation.Question]) -> int:
+    def ask(some: list[benchmarks.Question]) -> int:
         texts = sorted(((q.prompt, q.gold) for q in some), key=lambda text: -len(text[0]))
         for i in range(0, len(texts), 16):
             part = texts[i : i + 16]

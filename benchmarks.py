@@ -582,6 +582,20 @@ def kept(name: str, rows: list[data.Row]) -> list[data.Row]:
     return found
 
 
+class Question(NamedTuple):
+    """One question of a benchmark, as the model is asked it."""
+
+    prompt: Any  # a text; a classifier's: its one or two texts
+    gold: Any
+    part: str | None = None  # of the benchmark
+
+
+def questions(name: str, rows: list[data.Row]) -> list[Question]:
+    """The rows of a benchmark as questions; UserError for a row that cannot be one."""
+    row = BENCHMARKS[name]
+    return [Question(row.prompt(r), row.gold(r), row.part(r) if row.part else None) for r in rows]
+
+
 def of_group(names: Iterable[str], group: str) -> list[str]:
     """Those of the named benchmarks that measure the same thing."""
     return [name for name in names if BENCHMARKS[name].group == group]

@@ -13,6 +13,7 @@ import checkpoint
 import eval as evaluation
 import figures
 import sweep
+from results import mean_parts, read_results, table
 from settings import Settings, default_task, preset
 
 COMPARED = ("lora", "farss")
@@ -22,7 +23,7 @@ OUT = Path("runs") / "demo"
 def row(results: dict) -> dict[str, float]:
     """What the demo speaks of, in %: the task, and what is known of frequent and rare people."""
     return {"word problems": results["benchmarks"]["word_problems"]["score"],
-            **evaluation.mean_parts(results)}
+            **mean_parts(results)}
 
 
 def sentences(base: dict, runs: dict[str, dict], stored: list[dict[str, str]]) -> list[str]:
@@ -78,11 +79,11 @@ def main(flags: list[str] | None = None, out: Path = OUT) -> None:
     for _ in sweep.run_all(jobs, min(len(jobs), os.cpu_count() or 1)):
         pass
     base, full = (checkpoint.read_json(p) for p in (stored.base_results, stored.full_results))
-    runs = {job.settings.method: evaluation.read_results(job.run) for job in jobs}
+    runs = {job.settings.method: read_results(job.run) for job in jobs}
     for r in runs.values():  # whatever other results of the base lie about
         r["summary"] = evaluation.summarise(r, stored.base_results, stored.full_results)
     everything = [base, full, *runs.values()]
-    print("\n".join(evaluation.table(everything)))
+    print("\n".join(table(everything)))
     pyplot, file = figures.plotting(), out / "demo.png"
     if pyplot is None:
         print(figures.MISSING)

@@ -48,16 +48,15 @@ from model import (
     empty,
     whole_parameters,
 )
+from results import flat_scores, read_results
 from settings import (
     DTYPES,
     Parser,
     Settings,
     base_of,
     finished,
-    flat_scores,
     for_task,
     read_ranks,
-    read_results,
     read_run,
     run_main,
 )

@@ -92,6 +92,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether training does, if only just; sizes are chosen so that it `leaves_room`."""
         return sum(self.training.values()) <= self.memory
 
 
@@ -119,7 +120,8 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     examples = min(s.examples, rows or s.examples)
     steps = s.steps or s.epochs * math.ceil(examples / s.batch_size)
     initial = initialisation_memory(s, config, parameters) if s.how.needs != "nothing" else {}
-    kept_apart = 0.0 if fits(initial, memory) or s.device == "cpu" else initial["kept inputs"]
+    kept_here = leaves_room(initial, memory) or s.device == "cpu"
+    kept_apart = 0.0 if kept_here else initial["kept inputs"]
     return Plan(
         config.num_hidden_layers, parameters, trainable, bounds,
         s.rank * sum(m + n for m, n in shapes.values()), head, layer_groups(s, shapes), examples,
@@ -238,7 +240,7 @@ def gathered(config: Config) -> int:
 def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[str, float]:
     """Estimated peak bytes of the sweep through the blocks, by part.
 
-    The kept inputs go to CPU memory where they do not fit (`fits`). Where only the inputs'
+    The kept inputs go to CPU memory where they do not fit (`leaves_room`). Where only the inputs'
     covariances are needed, one block's inputs are kept and nothing for a backward pass.
     """
     shapes = block_shapes(s, config)
@@ -275,7 +277,7 @@ def kept_inputs(s: Settings, config: Config, tokens: int) -> int:
     return tokens * config.hidden_size * config.num_hidden_layers * element_size(s)
 
 
-def fits(parts: dict[str, float], memory: float) -> bool:
+def leaves_room(parts: dict[str, float], memory: float) -> bool:
     """Whether these bytes leave a tenth of the memory free, for what an estimate does not know."""
     return sum(parts.values()) <= 0.9 * memory
 
@@ -283,7 +285,7 @@ def fits(parts: dict[str, float], memory: float) -> bool:
 def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: float,
                        memory: float) -> tuple[int, bool]:
     """(examples per forward pass, checkpointing): the largest 2^i part of a process's part of the
-    batch that fits."""
+    batch that leaves room."""
     whole = math.ceil(s.batch_size / parallel.size())
     sizes = [whole >> i for i in range(whole.bit_length())]
     sizes = [s.micro_batch] if s.micro_batch else sizes
@@ -291,7 +293,7 @@ def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: 
     for checkpointing in checks:
         for size in sizes:
             need = training_memory(s, config, parameters, trainable, size, checkpointing)
-            if fits(need, memory):
+            if leaves_room(need, memory):
                 return size, checkpointing
     return sizes[-1], checks[-1]
 

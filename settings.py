@@ -660,38 +660,6 @@ def is_score(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and abs(value) < 1e300)
 
 
-def read_results(path: str | Path) -> dict:
-    """results.json of a run folder, or the file itself, which may be a link; UserError for what
-    eval.py does not write."""
-    path = Path(path)
-    path = (path / "results.json" if path.is_dir() else
-            path.resolve() if path.is_file() and path.is_symlink() else path)
-    results = checkpoint.read_json(path)
-    found = results.get("benchmarks")
-    each = [found, results.get("summary", {}), *(found.values() if isinstance(found, dict) else ())]
-    if not all(isinstance(x, dict) for x in each):
-        raise UserError(f"{path}: not a results.json of eval.py")
-    results.setdefault("summary", {})
-    if not isinstance(results.get("method", ""), str) or not is_score(results.get("trainable")):
-        raise UserError(f"{path}: method or trainable is not what eval.py writes")
-    several = [{} if "score" in b else b.get("scores") for b in each[2:]]
-    several += [b.get("parts", {}) for b in each[2:]]
-    single = [b.get(key) for b in each[2:] for key in ("score", "answer_loss")]
-    if not all(isinstance(x, dict) for x in several) or not all(
-            is_score(v) for x in (each[1], *several) for v in x.values()) or not all(
-            is_score(v) for v in single) or any(
-            v is None for b in each[2:] for v in b.get("parts", {}).values()):
-        raise UserError(f"{path}: holds a score that is no number")
-    return results
-
-
-def flat_scores(benchmarks: dict[str, dict]) -> dict[str, float | None]:
-    """{column: score} of the benchmarks of a results.json. Most have a single column, by their own
-    name; those with several `scores` one for each."""
-    return {column: score for name, b in benchmarks.items()
-            for column, score in ({name: b["score"]} if "score" in b else b["scores"]).items()}
-
-
 def read_ranks(run: Path) -> dict[str, Any]:
     """ranks.json of a run; UserError for what train.py does not write."""
     path = run / "ranks.json"

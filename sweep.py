@@ -38,6 +38,7 @@ import train
 from baselines import METHODS
 from benchmarks import of_task
 from checkpoint import UserError
+from results import mean_parts, read_results, scores_in
 from settings import (
     Parser,
     Settings,
@@ -69,7 +70,7 @@ class Job:
         """Trained, and scored on every benchmark: eval.py writes results.json after each."""
         if not finished(self.run) or not (self.run / "results.json").exists():
             return False
-        scored = evaluation.read_results(self.run)["benchmarks"]
+        scored = read_results(self.run)["benchmarks"]
         return set(of_task(self.settings.task)) <= set(scored)
 
     def steps_done(self) -> int:
@@ -153,25 +154,25 @@ def base_results(model: str, task: str, out: Path) -> dict:
     if not (out / "base" / "results.json").exists():
         evaluation.main([model, "--benchmarks", ",".join(of_task(task)), "--out",
                          str(out / "base")])
-    return evaluation.read_results(out / "base")
+    return read_results(out / "base")
 
 
 def mean_score(results: dict, group: str) -> float:
     """Mean score in % of the benchmarks of a group."""
-    return fmean(evaluation.scores_in(results, group).values())
+    return fmean(scores_in(results, group).values())
 
 
 def row_of(job: Job, base: dict) -> dict[str, Any]:
     """What results.csv says of one run, but for T, which needs all of them."""
-    s, results = job.settings, evaluation.read_results(job.run)
+    s, results = job.settings, read_results(job.run)
     ranks = job.run / "ranks.json"
     report = checkpoint.read_json(ranks) if ranks.exists() else {}
     log = figures.read_log(job.run)
-    scores = evaluation.scores_in(results)
-    known = evaluation.scores_in(results, data.TASKS[s.task].knowledge)
-    before = {c: evaluation.scores_in(base)[c] for c in known}
+    scores = scores_in(results)
+    known = scores_in(results, data.TASKS[s.task].knowledge)
+    before = {c: scores_in(base)[c] for c in known}
     return {
-        "method": s.method, "lr": s.lr, "seed": s.seed, **scores, **evaluation.mean_parts(results),
+        "method": s.method, "lr": s.lr, "seed": s.seed, **scores, **mean_parts(results),
         "K": evaluation.knowledge_score(known, before),
         "task_score": mean_score(results, data.TASKS[s.task].group),
         "trainable": results["trainable"],
@@ -195,7 +196,7 @@ def best_rate(rows: list[dict], method: str) -> float | None:
 
 def full_results(jobs: list[Job], lr: float) -> dict:
     """Full fine-tuning at this rate, its scores averaged over the seeds, as a results.json."""
-    runs = [evaluation.read_results(job.run) for job in jobs
+    runs = [read_results(job.run) for job in jobs
             if job.settings.method == REFERENCE and job.settings.lr == lr]
     first = runs[0]
     benchmarks = {
@@ -223,7 +224,7 @@ def write_results(folder: Path, jobs: list[Job], base: dict) -> list[dict]:
         full = full_results(done, lr)
         full["summary"] = evaluation.summarise(full, folder / "base.json", None)
         checkpoint.save_json(folder / "full.json", full)
-        whole = evaluation.scores_in(full, data.TASKS[full["task"]].group)
+        whole = scores_in(full, data.TASKS[full["task"]].group)
         for row in rows:
             row["T"] = evaluation.task_score({name: row[name] for name in whole}, whole)
             row["KT"] = evaluation.harmonic_mean(row["K"], row["T"])

@@ -43,8 +43,9 @@ import model as M
 import parallel
 import plan
 from baselines import Given, covariance_sweep, split
-from benchmarks import BENCHMARKS, of_group, of_task
+from benchmarks import BENCHMARKS, of_group, of_task, questions
 from checkpoint import UserError
+from results import best_and_last, epoch_scores
 from settings import (
     AUTO,
     DTYPES,
@@ -198,7 +199,7 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
     batches, reduce = parallel.deal(calibration_batches(s, examples))
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
     need = plan.initialisation_memory(s, model.config, 0) | {"kept inputs": kept}
-    keep_on = None if plan.fits(need, plan.device_memory(s.device)) else "cpu"
+    keep_on = None if plan.leaves_room(need, plan.device_memory(s.device)) else "cpu"
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
@@ -639,9 +640,9 @@ def one_run(args: argparse.Namespace, interruptible: Interruptible) -> None:
           + (f"; {chosen.cut} cut after {s.max_length} tokens, so without their end"
              if chosen.cut else ""))
     validation = {  # a wrong label of it, too, is found before anything is written
-        b: evaluation.questions(b, evaluation.rows_of(b, s))
+        b: questions(b, evaluation.rows_of(b, s))
         for b in (of_group(BENCHMARKS, task.group) if task.classes else [])}
-    scored = {b: evaluation.questions(b, evaluation.rows_of(b, s)[: s.score_limit])
+    scored = {b: questions(b, evaluation.rows_of(b, s)[: s.score_limit])
               for b in (of_task(s.task) if s.score_every else [])}
     if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
         print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
@@ -713,7 +714,7 @@ def one_run(args: argparse.Namespace, interruptible: Interruptible) -> None:
         checkpoint.save_adapter(run / "adapter.safetensors", model, initial, s.residual)
     # At once, so that a kill never leaves part of it, from which a resumed run would go on.
     shutil.rmtree((run / "checkpoint").replace(run / "checkpoint.tmp"))
-    for sentence in evaluation.best_and_last(evaluation.epoch_scores(run)):
+    for sentence in best_and_last(epoch_scores(run)):
         print(sentence)
     if pyplot := figures.plotting():
         print("pictures: " + ", ".join(path.name for path in figures.draw_run(pyplot, run)))

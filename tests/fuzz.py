@@ -45,10 +45,10 @@ from tqdm import tqdm
 import benchmarks
 import checkpoint
 import data
-import eval as evaluation
 import export
 import figures
 import model as M
+import results as R
 import settings
 import train
 from checkpoint import UserError
@@ -118,9 +118,9 @@ def read_run(folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> None:
-    results = evaluation.read_results(folder)
-    "\n".join(evaluation.table([results]))
-    assert all(x is None or math.isfinite(x) for x in settings.flat_scores(
+    results = R.read_results(folder)
+    "\n".join(R.table([results]))
+    assert all(x is None or math.isfinite(x) for x in R.flat_scores(
         results["benchmarks"]).values())
 
 
@@ -132,7 +132,7 @@ def read_ranks(folder: Path) -> None:
 def read_log(folder: Path) -> None:
     for line in figures.read_log(folder):
         assert math.isfinite(line["loss"]) and math.isfinite(line["step"])
-    list(evaluation.best_and_last(evaluation.epoch_scores(folder)))
+    list(R.best_and_last(R.epoch_scores(folder)))
 
 
 def read_training_data(name: str) -> Callable[[Path], None]:
@@ -151,8 +151,8 @@ def read_questions(name: str) -> Callable[[Path], None]:
     """As eval.py asks a benchmark; the judge, too, must take any gold answer that passed."""
     def read(folder: Path) -> None:
         rows = benchmarks.kept(name, data.read_rows(str(folder / "rows.jsonl")))
-        asked, b = evaluation.questions(name, rows), benchmarks.BENCHMARKS[name]
-        evaluation.hash_of(asked)
+        asked, b = benchmarks.questions(name, rows), benchmarks.BENCHMARKS[name]
+        R.hash_of(asked)
         for q in asked:
             if isinstance(q.prompt, list):
                 assert 0 < len(TOKENIZER.encode_texts(q.prompt, 64)[0]) <= 64

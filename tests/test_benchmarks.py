@@ -8,6 +8,7 @@ import pytest
 import benchmarks as B
 import data
 import eval as E
+import results as R
 from checkpoint import UserError
 from sandbox import run
 
@@ -222,9 +223,9 @@ def test_ifeval_verdicts_are_lm_evals_by_column(monkeypatch):
                                                       "kwargs": [{}] * len(words)}, "x"))
              for words in (["a"], ["a", "b"])]
     records = [{"correct": B.ifeval_verdicts("a", gold)} for gold in golds]
-    assert E.column_scores("ifeval", records) == pytest.approx(
+    assert R.column_scores("ifeval", records) == pytest.approx(
         {"P-S": 50, "P-L": 100, "I-S": 200 / 3, "I-L": 100})
-    assert set(E.column_scores("ifeval", [{"correct": None}]).values()) == {None}
+    assert set(R.column_scores("ifeval", [{"correct": None}]).values()) == {None}
 
 
 def test_ifeval_against_lm_eval_itself(monkeypatch):

@@ -12,6 +12,7 @@ import checkpoint as C
 import data
 import eval as E
 import model as M
+import results as R
 import sandbox
 from checkpoint import UserError
 
@@ -34,7 +35,7 @@ MBPP = {  # in the format of sanitized-mbpp.json
 
 
 def asked(name, *fields):
-    return E.questions(name, [data.Row(f, f"x:{i}") for i, f in enumerate(fields, 1)])
+    return B.questions(name, [data.Row(f, f"x:{i}") for i, f in enumerate(fields, 1)])
 
 
 def test_prompts_byte_for_byte():
@@ -104,7 +105,7 @@ def test_published_solutions_pass_and_none_passes_without(name, file, solution, 
     if not (REAL / file).exists():
         pytest.skip(f"{file} is not at hand")
     rows = B.kept(name, data.read_rows(str(REAL / file)))
-    golds = [q.gold for q in E.questions(name, rows)]
+    golds = [q.gold for q in B.questions(name, rows)]
     assert len(rows) == len({g["task_id"] for g in golds}) == n
     program = B.BENCHMARKS[name].program
     solved = sandbox.run_all([program(r.fields[solution], g)
@@ -166,7 +167,7 @@ def scripted(tmp_path, monkeypatch):
     rows = [HUMANEVAL | {"task_id": f"HumanEval/{i}",
                          "prompt": HUMANEVAL["prompt"].replace("Add", f"number {i}! Add")}
             for i in range(len(OUTPUTS))]
-    return E.Evaluator(model, tokenizer), E.questions("humaneval", [
+    return E.Evaluator(model, tokenizer), B.questions("humaneval", [
         data.Row(r, "x") for r in rows]), prompts
 
 
@@ -189,7 +190,7 @@ def test_nothing_is_executed_without_leave(scripted, monkeypatch, capsys):
     monkeypatch.setattr(sandbox, "run_all", None)
     records = evaluator.ask("humaneval", questions)
     assert {r["correct"] for r in records} == {None}
-    lines = [json.loads(line) for line in E.samples(records).splitlines()]
+    lines = [json.loads(line) for line in R.samples(records).splitlines()]
     assert [line["task_id"] for line in lines] == [f"HumanEval/{i}" for i in range(len(OUTPUTS))]
     assert lines[0] == {"task_id": "HumanEval/0", "completion": RIGHT}
 
@@ -209,7 +210,7 @@ def test_eval_from_the_command_line(tmp_path, monkeypatch, capsys):
     E.main(argv)
     out = capsys.readouterr().out
     assert out.count("1 programs, not executed") == 2 and "--allow-code-execution" in out
-    results = E.read_results("runs/tiny-base")
+    results = R.read_results("runs/tiny-base")
     assert [(b["score"], b["n"], "correct" in b) for b in results["benchmarks"].values()] == [
         (None, 1, False)] * 2
     assert results["summary"] == {"Avg": None}
@@ -220,7 +221,7 @@ def test_eval_from_the_command_line(tmp_path, monkeypatch, capsys):
         assert record["output"] == RIGHT and record["correct"] is None
     E.main([*argv, "--allow-code-execution"])
     assert "humaneval 1 of 1 right" in capsys.readouterr().out
-    results = E.read_results("runs/tiny-base")
+    results = R.read_results("runs/tiny-base")
     assert [b["score"] for b in results["benchmarks"].values()] == [100, 0]
 
 

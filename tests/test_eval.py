@@ -10,10 +10,12 @@ import torch
 from test_benchmarks import ROWS
 from tiny import byte_tokenizer, oracle, tiny_llama, write_checkpoint, write_data
 
+import benchmarks as B
 import checkpoint as C
 import data
 import eval as E
 import model as M
+import results as R
 import settings as S
 import train
 from checkpoint import UserError
@@ -36,7 +38,7 @@ def rows(*fields):
 
 
 def ask(evaluator, name, *fields):
-    return evaluator.ask(name, E.questions(name, rows(*fields)))
+    return evaluator.ask(name, B.questions(name, rows(*fields)))
 
 
 def test_prompts_of_the_three_benchmarks(evaluator):
@@ -197,7 +199,7 @@ def test_a_text_is_scored_beside_the_benchmarks(tmp_path, monkeypatch, capsys, c
     Path("known.txt").write_text("to know and to forget")
     E.main([str(checkpoint), "--benchmarks", "nq_open", "--data", "nq_open=d/nq.jsonl", "--out",
             "out", "--text", "known.txt", "--max-new-tokens", "2", "--device", "cpu"])
-    stored = E.read_results("out")["text"]
+    stored = R.read_results("out")["text"]
     assert f"known.txt: {stored['loss']:.4f} nats a token" in capsys.readouterr().out
     for content, words in ((b"", "is empty"), (b"\xff\xfe", "not readable as text")):
         Path("known.txt").write_bytes(content)
@@ -254,9 +256,9 @@ def test_summary_against_files_and_paper(tmp_path, monkeypatch):
     with pytest.raises(C.UserError, match="the paper prints no scores of tiny"):
         E.summarise(mine | {"model": "tiny"}, "paper", None)
     with pytest.raises(C.UserError, match="the paper prints no gsm8k of tiny"):
-        monkeypatch.setattr(E, "paper_references", lambda *_: ({"nq_open": "1.0"}, {"gsm8k": ""}))
+        monkeypatch.setattr(R, "paper_references", lambda *_: ({"nq_open": "1.0"}, {"gsm8k": ""}))
         E.summarise(mine | {"model": "tiny"}, None, "paper")
-    shown = "\n".join(E.table([mine | {"method": "farss", "trainable": 271e6, "summary": {
+    shown = "\n".join(R.table([mine | {"method": "farss", "trainable": 271e6, "summary": {
         "Avg": 21.0, "K": None, "T": 1.01}}]))
     assert "undefined" in shown and "271.00M" in shown and "50.94" in shown
 
@@ -500,8 +502,8 @@ def test_several_scores_of_a_benchmark_are_columns_everywhere(world, monkeypatch
     known = results["benchmarks"]["nq_open"]["score"]
     assert results["summary"]["T"] == 1
     assert results["summary"]["Avg"] == pytest.approx((150 + 250 / 3 + known) / 5)
-    assert E.scores_in(results) == four | {"nq_open": known}
-    assert E.scores_in(results, "instruction") == four
+    assert R.scores_in(results) == four | {"nq_open": known}
+    assert R.scores_in(results, "instruction") == four
     out = capsys.readouterr().out
     assert "P-S 25.00, P-L 50.00, I-S 75.00, I-L 83.33 over 4" in out
     assert out.splitlines()[-2].split()[2:7] == ["P-S", "P-L", "I-S", "I-L", "nq_open"]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as E
 import figures
+import results as R
 import train
 
 pytest.importorskip("matplotlib")
@@ -127,7 +128,7 @@ def test_scoring_on_the_way_changes_nothing(runs):
     assert [line["step"] for line in log if "scores" in line] == [3, 4]
     assert not any("scores" in line for line in figures.read_log(runs / "plain"))
     E.main([str(runs / "scored"), "--limit", "10"])
-    results = E.read_results(runs / "scored")["benchmarks"]
+    results = R.read_results(runs / "scored")["benchmarks"]
     assert log[-1]["scores"] == {b: r["score"] for b, r in results.items()}
 
 

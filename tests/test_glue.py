@@ -18,6 +18,7 @@ import checkpoint as C
 import data
 import eval as E
 import model as M
+import results as R
 import settings as S
 import train
 from checkpoint import UserError
@@ -276,32 +277,32 @@ def test_constant_predictions(capsys):
     """Matthews' correlation is then 0 by convention; Pearson's has no value, which is said."""
     assert B.matthews(records([1, 1, 1], [0, 1, 1])) == 0
     assert math.isnan(B.pearson(records([2.0, 2.0], [1.0, 3.0])))
-    assert E.score_of("stsb", records([2.0, 2.0], [1.0, 3.0])) is None
-    assert E.score_of("stsb", records([2.0, 3.0], [1.0, 1.0])) is None  # as where --limit is small
+    assert R.score_of("stsb", records([2.0, 2.0], [1.0, 3.0])) is None
+    assert R.score_of("stsb", records([2.0, 3.0], [1.0, 1.0])) is None  # as where --limit is small
     assert capsys.readouterr().out.count("stsb: all predictions or all labels are equal") == 2
     result = {"model": "x", "task": "glue:stsb", "method": "lora",
               "benchmarks": {"stsb": {"score": None, "n": 2}}}
     result["summary"] = E.summarise(result, None, None)
     assert result["summary"] == {"Avg": None}
-    assert list(E.table([result]))[-1].count("undefined") == 2  # the score and Avg
+    assert list(R.table([result]))[-1].count("undefined") == 2  # the score and Avg
 
 
 def test_best_and_last_epoch():
     epochs = [{"a": 50.0, "b": None}, {"a": 70.0, "b": None}, {"a": 60.0, "b": None}]
-    assert list(E.best_and_last(epochs)) == [
+    assert list(R.best_and_last(epochs)) == [
         "a: last epoch 60.00, best epoch 70.00 (number 2 of 3, chosen on the set it is scored on)"]
-    assert list(E.best_and_last([])) == []
-    assert list(E.best_and_last([{"a": -1.0}, {"a": None}])) == [
+    assert list(R.best_and_last([])) == []
+    assert list(R.best_and_last([{"a": -1.0}, {"a": None}])) == [
         "a: last epoch undefined, best epoch -1.00 (number 1 of 2, chosen on the set it is scored "
         "on)"]
-    assert E.epoch_scores(Path("nowhere")) == []
+    assert R.epoch_scores(Path("nowhere")) == []
 
 
 def test_scores_of_a_text_do_not_depend_on_its_batch(home):
     """Nor on the dropout of a model in training; a text beyond the positions is cut."""
     for classes in (("negative", "positive"), ("similarity",)):
         model = C.load(home / "model", device="cpu", labels=classes, seed=3)
-        asked = [E.Question([text], 1) for text in ("a dull plot", "vivid", "moving " * 600)]
+        asked = [B.Question([text], 1) for text in ("a dull plot", "vivid", "moving " * 600)]
         evaluator = E.Evaluator(model.train(), C.Tokenizer(home / "model", model.config))
         together = evaluator.ask("sst2", asked)
         assert model.training
@@ -311,7 +312,7 @@ def test_scores_of_a_text_do_not_depend_on_its_batch(home):
             assert len(record["scores"]) == len(classes) and record["prompt"] == q.prompt
             best = max(range(len(classes)), key=lambda i, s=record["scores"]: s[i])
             assert record["predicted"] == (record["scores"][0] if len(classes) == 1 else best)
-    gold = [E.Question(["vivid"], label) for label in (0.0, 5.0, -5.0)]
+    gold = [B.Question(["vivid"], label) for label in (0.0, 5.0, -5.0)]
     assert not any(r["correct"] for r in evaluator.ask("stsb", gold))
 
 
@@ -332,7 +333,7 @@ def test_questions_are_beside_the_training_data_of_the_same_task_alone(tmp_path)
     ("stsb", [1.0, 1.0], [0.0, 5.0], "stsb     undefined over 2 (")])
 def test_a_benchmark_is_one_line(name, predicted, gold, words, monkeypatch, capsys):
     monkeypatch.setattr(E.Evaluator, "ask", lambda *_: records(predicted, gold))
-    asked = [E.Question(["x"], g) for g in gold]
+    asked = [B.Question(["x"], g) for g in gold]
     found, _ = E.run_benchmark(E.Evaluator(None, None), name, [], asked)
     assert words in capsys.readouterr().out
     assert ("correct" in found) == (name == "sst2")
@@ -359,7 +360,7 @@ def test_a_separable_set_is_learnt_and_scored(home, method, capsys):
     assert [i + 1 for i, line in enumerate(lines) if "validation" in line] == [
         24 * epoch for epoch in range(1, 7)]
     E.main([str(run), "--device", "cpu"])
-    results = E.read_results(run)
+    results = R.read_results(run)
     assert results["benchmarks"]["sst2"]["score"] >= 95 and len(results["epochs"]) == 6
     assert results["epochs"][-1] == {"sst2": results["benchmarks"]["sst2"]["score"]}
     first = json.loads((run / "eval" / "sst2.jsonl").read_text().splitlines()[0])
@@ -382,7 +383,7 @@ def test_a_task_of_each_kind(home, tmp_path, name, line, columns):
     train.main(["--model", str(home / "model"), "--task", f"glue:{name}", "--data",
                 str(tmp_path / "set"), "--method", "lora", "--out", "run", "--epochs", "2", *FLAGS])
     E.main(["run", "--device", "cpu"])
-    results = E.read_results("run")
+    results = R.read_results("run")
     expected = ["mnli", "mnli-mm"] if name == "mnli" else [name]
     assert list(results["benchmarks"]) == expected == list(log_of(Path("run"))[-1]["validation"])
     last = {b: r["score"] for b, r in results["benchmarks"].items()}
@@ -409,7 +410,7 @@ def test_a_resumed_run_is_the_same_run(home, monkeypatch):
     train.main(["--resume", "cut"])
     one, two = (Path(run) / "adapter.safetensors" for run in ("whole", "cut"))
     assert one.read_bytes() == two.read_bytes()
-    assert E.epoch_scores(Path("cut")) == E.epoch_scores(Path("whole")) != []
+    assert R.epoch_scores(Path("cut")) == R.epoch_scores(Path("whole")) != []
 
 
 def test_a_run_on_a_file_that_ends_within_an_epoch(home, monkeypatch, capsys):
@@ -449,8 +450,8 @@ def test_full_fine_tuning_is_a_checkpoint_of_its_own(home):
     E.main(["run/model", "--task", "glue:sst2", "--data", f"sst2={home / 'SST-2'}", "--out",
             "as-it-is", "--device", "cpu"])
     E.main(["run", "--device", "cpu"])
-    assert E.read_results("as-it-is")["benchmarks"]["sst2"]["score"] == (
-        E.read_results("run")["benchmarks"]["sst2"]["score"])
+    assert R.read_results("as-it-is")["benchmarks"]["sst2"]["score"] == (
+        R.read_results("run")["benchmarks"]["sst2"]["score"])
 
 
 # -------------------------------------------------------------------------------------- bad input

@@ -1,10 +1,11 @@
-"""eval.py: what is kept of an evaluation. Interruptions, memory that runs out, verdicts anew."""
+"""results.py, and eval.py with it: interruptions, memory that runs out, verdicts anew."""
 
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from test_benchmarks import ROWS
 from test_code import HUMANEVAL
 from tiny import byte_tokenizer, oracle, tiny_llama, write_checkpoint, write_data
 
+import benchmarks as B
 import checkpoint as C
 import data
 import eval as E
 import model as M
 import plan
+import results as R
 from checkpoint import UserError
 
 UNITS = "The answer is: x/2."  # right by the official rule alone, and for every question
@@ -71,7 +74,7 @@ def results_of(folder):
     def strip(value):
         return ({k: strip(v) for k, v in value.items() if k not in ONLY_THEN}
                 if isinstance(value, dict) else value)
-    return strip(E.read_results(folder))
+    return strip(R.read_results(folder))
 
 
 def files_of(folder):
@@ -130,12 +133,12 @@ def test_a_runs_k_and_t_are_there_again(world, monkeypatch):
     nq = ["--benchmarks", "nq_open", "--data", "nq_open=d/nq.jsonl"]
     E.main(["tiny", *nq])
     shutil.copytree("runs/tiny-base", "runs/run")
-    results = E.read_results("runs/run") | {"method": "lora", "weights": "other"}
+    results = R.read_results("runs/run") | {"method": "lora", "weights": "other"}
     C.save_json("runs/run/results.json", results)
     E.main(["--rescore", "runs/run"])
-    assert E.read_results("runs/run")["summary"].keys() == {"Avg", "K"}
+    assert R.read_results("runs/run")["summary"].keys() == {"Avg", "K"}
     E.main(["--rescore", "runs/tiny-base"])
-    assert E.read_results("runs/tiny-base")["summary"].keys() == {"Avg"}
+    assert R.read_results("runs/tiny-base")["summary"].keys() == {"Avg"}
 
 
 @pytest.mark.parametrize("break_it, says", [
@@ -149,8 +152,8 @@ def test_a_runs_k_and_t_are_there_again(world, monkeypatch):
     (None, r"gsm8k\.jsonl: no such file"),
 ])
 def test_broken_records_are_one_line_and_nothing_is_written(world, break_it, says):
-    gsm = ["--benchmarks", "gsm8k", "--data", "gsm8k=d/test.jsonl", "--limit", "3"]
-    E.main(["tiny", *gsm, "--max-new-tokens", "2", "--out", "one"])
+    both = ["--benchmarks", "nq_open,gsm8k", "--data", "gsm8k=d/test.jsonl", "nq_open=d/nq.jsonl"]
+    E.main(["tiny", *both, "--limit", "3", "--max-new-tokens", "2", "--out", "one"])
     file, results = Path("one/eval/gsm8k.jsonl"), Path("one/results.json")
     stored = results.read_bytes()
     if break_it:
@@ -177,6 +180,24 @@ def test_bad_arguments(argv, says, capsys):
     assert stop.value.code == 2 and err.count("\n") == 1 and says in err
 
 
+@pytest.mark.parametrize("torn", ["humaneval.jsonl", "humaneval-samples.jsonl"])
+def test_records_are_replaced_as_a_whole(tmp_path, monkeypatch, torn):
+    (tmp_path / "eval").mkdir()
+    before, after = ([{"gold": {"task_id": "t"}, "extracted": said}] for said in ("old", "new"))
+    R.write_records(tmp_path, "humaneval", before)
+    stored, real = files_of(tmp_path), Path.write_text
+
+    def write_text(path, text):
+        real(path, text if torn not in path.name else text[:9])
+        if torn in path.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(KeyboardInterrupt):
+        R.write_records(tmp_path, "humaneval", after)
+    assert files_of(tmp_path)[torn] == stored[torn] and files_of(tmp_path).keys() == stored.keys()
+
+
 def test_no_results_no_rescoring(world):
     with pytest.raises(UserError, match=r"tiny/results\.json: no such file"):
         E.main(["--rescore", "tiny"])
@@ -190,10 +211,10 @@ def test_a_class_is_the_highest_score():
     """As torch's argmax has it; of one class it is the score."""
     draw = torch.Generator().manual_seed(0)
     for scores in (*torch.randn(20, 3, generator=draw), torch.tensor([1.0, 2.0, 2.0])):
-        q = E.Question(["x"], int(scores.argmax()))
+        q = B.Question(["x"], int(scores.argmax()))
         record = E.judge_class(E.BENCHMARKS["mnli"], q, {"scores": scores.tolist()}, "strict")
         assert record["predicted"] == q.gold and record["correct"]
-    record = E.judge_class(E.BENCHMARKS["stsb"], E.Question(["x"], 2.0), {"scores": [1.5]}, "")
+    record = E.judge_class(E.BENCHMARKS["stsb"], B.Question(["x"], 2.0), {"scores": [1.5]}, "")
     assert record["predicted"] == 1.5 and not record["correct"]
 
 
@@ -205,9 +226,9 @@ ASKED = ["--benchmarks", "gsm8k,nq_open,webqs", "--max-new-tokens", "7", "--devi
 
 def dying(after, how):
     """Evaluator.answers' `finished`, which ends the process once it has been told so often."""
-    real, told = E.kept_answers, []
+    real, told = R.kept_answers, []
 
-    @E.contextmanager
+    @contextmanager
     def kept_answers(*args):
         with real(*args) as (known, finished, size):
             def then(i, said):
@@ -275,10 +296,29 @@ def test_what_was_finished_before_the_interruption_is_not_asked_again(world, cou
     assert counted == [0, 1, 8, 2]
 
 
+def test_answers_cut_at_any_byte_go_on_and_are_whole_the_next_time(tmp_path):
+    """What is known are the lines that came to their end; the batch is that of the first start."""
+    path, order = tmp_path / "x", (2, 0, 1)
+    answers = {0: {"output": "two\nlines"}, 1: {"output": ""}, 2: {"output": "é"}}
+    with R.kept_answers(path, {"a": 1}, 3) as (_, keep, _):
+        for i in order:
+            keep(i, answers[i])
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        ends = whole[:cut].count(b"\n")
+        done = order[: max(0, ends - 1)]
+        with R.kept_answers(path, {"a": 1}, 7) as (known, keep, size):
+            assert known == {i: answers[i] for i in done} and size == (3 if ends else 7)
+            for i in order[len(done):]:
+                keep(i, answers[i])
+        assert path.read_bytes() == (whole if ends else whole.replace(b"3", b"7", 1))
+
+
 @pytest.mark.parametrize("more", [
     ["--max-new-tokens", "3"], ["--bos", "always"], ["--limit", "1"], ["--dtype", "bfloat16"],
-    "weights", "tokenizer"])
-def test_other_settings_start_anew(world, counted, more):
+    "weights", "tokenizer", "stops", "questions"])
+def test_other_settings_start_anew(world, counted, monkeypatch, more):
     """But a judge changes no answer."""
     nq = ["tiny", "--benchmarks", "nq_open", "--data", "nq_open=d/nq.jsonl", "--max-new-tokens",
           "4", "--device", "cpu", "--out", "out"]
@@ -288,6 +328,13 @@ def test_other_settings_start_anew(world, counted, more):
     elif more == "tokenizer":
         with open("tiny/tokenizer.json", "a") as file:
             file.write("\n")
+    elif more == "questions":
+        rows = [json.loads(line) for line in Path("d/nq.jsonl").read_text().splitlines()]
+        Path("d/nq.jsonl").write_text("".join(json.dumps(
+            row | {"question": row["question"] + " today"}) + "\n" for row in rows))
+    elif more == "stops":
+        row = E.BENCHMARKS["nq_open"]
+        monkeypatch.setitem(E.BENCHMARKS, "nq_open", row._replace(stops=(*row.stops, "never said")))
     E.main([*nq, *(more if isinstance(more, list) else [])])
     assert counted == [1 if "--limit" in more else 2]
     assert in_a_process(1, signal.SIGKILL, nq) == -signal.SIGKILL
@@ -301,20 +348,32 @@ def test_a_classifiers_scores_go_on_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random_roberta.write(tmp_path)
     model = C.load("model", device="cpu", labels=("negative", "positive"), seed=3)
-    asked = [E.Question([f"text {'and more ' * (i % 5)}"], i % 2) for i in range(11)]
+    asked = [B.Question([f"text {'and more ' * (i % 5)}"], i % 2) for i in range(11)]
 
     def ask(path, size, batch_size=1):
         evaluator = E.Evaluator(model, C.Tokenizer("model", model.config), size)
-        with E.kept_answers(path, {"a": 1}, size) as (known, finished, stored):
+        with R.kept_answers(path, {"a": 1}, size) as (known, finished, stored):
             evaluator.batch_size = stored
             return evaluator.ask("sst2", asked, known, finished)
 
     undisturbed = ask(Path("one"), 1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(E, "kept_answers", dying(6, lambda: (_ for _ in ()).throw(KeyboardInterrupt)))
+        patch.setattr(R, "kept_answers", dying(6, lambda: (_ for _ in ()).throw(KeyboardInterrupt)))
         ask(Path("two"), 1)
     assert len(Path("two").read_text().splitlines()) == 1 + 6
     assert ask(Path("two"), 2) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["nq_open", "webqs"])
+def test_each_new_answer_is_told_once_and_no_known_one_is_asked(evaluator, name):
+    told = []
+    whole = evaluator.answers(name, QUESTIONS, {}, lambda i, said: told.append((i, said)))
+    assert sorted(i for i, _ in told) == list(range(9)) and all(whole[i] == s for i, s in told)
+    told.clear()
+    known = {i: {"said before": i} for i in (0, 3, 4)}
+    found = evaluator.answers(name, QUESTIONS, known, lambda i, said: told.append((i, said)))
+    assert found == [known.get(i, said) for i, said in enumerate(whole)]
+    assert sorted(i for i, _ in told) == [1, 2, 5, 6, 7, 8]
 
 
 # ------------------------------------------------------------------------------------ batch sizes
@@ -327,7 +386,7 @@ def evaluator(tmp_path):
     return E.Evaluator(model, C.Tokenizer(tmp_path, model.config), batch_size=8, max_new_tokens=6)
 
 
-QUESTIONS = [E.Question(f"{'long ' * (i % 4)}question {i}", ["a", "bc"]) for i in range(9)]
+QUESTIONS = [B.Question(f"{'long ' * (i % 4)}question {i}", ["a", "bc"]) for i in range(9)]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(
@@ -348,6 +407,23 @@ def test_out_of_memory_halves_the_batch_and_asks_the_rest(evaluator, error, monk
     assert sorted(told) == list(range(9)) and evaluator.batch_size == 2
     said = capsys.readouterr().out
     assert said.count("nq_open: out of memory") == 2 and "2 at a time" in said
+
+
+def test_what_was_answered_before_memory_ran_out_is_not_asked_again(evaluator, monkeypatch):
+    asked = []
+
+    def answer(evaluator, name, questions, known, finished):
+        for i in [i for i in range(9) if i not in known]:
+            asked.append(i)
+            finished(i, {"output": str(i)})
+            if evaluator.batch_size > 1:
+                raise torch.OutOfMemoryError("full")
+        return {}
+
+    monkeypatch.setitem(E.PROTOCOLS, "complete", E.PROTOCOLS["complete"]._replace(answer=answer))
+    assert evaluator.answers("nq_open", QUESTIONS, {}, E.nobody) == [
+        {"output": str(i)} for i in range(9)]
+    assert asked == list(range(9)) and evaluator.batch_size == 1
 
 
 def test_out_of_memory_with_one_question_and_other_errors_are_raised(evaluator, monkeypatch):
@@ -396,7 +472,7 @@ def test_the_batch_is_chosen_said_and_recorded(world, monkeypatch, capsys):
     assert "3 at a time)" in capsys.readouterr().out
     E.main(["tiny", *ASKED, "--out", "one", "--batch-size", "1"])
     assert files_of("auto") == files_of("one")
-    auto, one = E.read_results("auto"), E.read_results("one")
+    auto, one = R.read_results("auto"), R.read_results("one")
     assert (auto["batch_size"], one["batch_size"]) == ("auto", 1)
     assert {b["batch_size"] for b in auto["benchmarks"].values()} == {3}
 
@@ -436,7 +512,7 @@ def test_the_loss_of_right_answers_is_transformers(evaluator, tmp_path):
 def test_forgetting_is_shown_beside_k(world, capsys):
     E.main(["tiny", *ASKED])
     shutil.copytree("runs/tiny-base", "runs/run")
-    base, run = E.read_results("runs/tiny-base"), E.read_results("runs/run")
+    base, run = R.read_results("runs/tiny-base"), R.read_results("runs/run")
     assert {b for b, r in base["benchmarks"].items() if "known_loss" in r} == {"nq_open", "webqs"}
     run |= {"method": "lora", "weights": "other"}
     for b, loss in (("nq_open", 2.0), ("webqs", 3.0)):

@@ -25,7 +25,9 @@ ALLOWED = {
     "benchmarks": {"checkpoint", "data"},
     "settings": {"baselines", "checkpoint", "data", "farss", "model"},
     "plan": {"checkpoint", "farss", "model", "parallel", "settings"},
-    "export": {"checkpoint", "data", "model", "settings"},
+    "figures": {"checkpoint", "data", "farss", "settings"},
+    "results": {"baselines", "benchmarks", "checkpoint", "data", "figures", "settings"},  # no model
+    "export": {"checkpoint", "data", "model", "results", "settings"},
 }
 
 

@@ -29,6 +29,7 @@ import checkpoint as C
 import data
 import eval as E
 import model as M
+import results as R
 
 REAL = os.environ.get("FARSS_REAL_MODEL")
 DATA = Path(os.environ.get("FARSS_REAL_DATA")
@@ -112,7 +113,7 @@ def refereed(lm, name, rows, limit):
 
 def compare(evaluator, name, rows, samples, totals):
     """Prompt, output and score of every question, and the scores of the benchmark."""
-    asked = E.questions(name, [data.Row(r, f"row {i}") for i, r in enumerate(rows)])
+    asked = B.questions(name, [data.Row(r, f"row {i}") for i, r in enumerate(rows)])
     records = evaluator.ask(name, asked)
     for q, record, sample in zip(asked, records, samples, strict=True):
         arguments = sample["arguments"]
@@ -135,10 +136,10 @@ def compare(evaluator, name, rows, samples, totals):
     if B.BENCHMARKS[name].columns:
         theirs = [totals[f"{level}_level_{how}_acc,none"] for level in ("prompt", "inst")
                   for how in ("strict", "loose")]
-        ours = list(E.column_scores(name, records).values())
+        ours = list(R.column_scores(name, records).values())
     else:
         (theirs,) = ([v] for k, v in totals.items() if k.startswith("exact_match,"))
-        ours = [E.score_of(name, records)]
+        ours = [R.score_of(name, records)]
     assert ours == pytest.approx([100 * score for score in theirs])
     return records
 
@@ -196,7 +197,7 @@ def test_awkward_outputs_score_the_same(tiny, name, monkeypatch):
             turn = turns[tuple(ids)] = turns.get(tuple(ids), -1) + 1
             prompt = hf.tokenizer.decode(ids, skip_special_tokens=True)
             mine = [s for s, r in zip(said, rows, strict=True)
-                    if prompt == E.questions(name, [data.Row(r, "x")])[0].prompt]
+                    if prompt == B.questions(name, [data.Row(r, "x")])[0].prompt]
             out.append([*ids, *mine[turn]])
         longest = max(map(len, out))
         return torch.tensor([o + [257] * (longest - len(o)) for o in out])
@@ -215,7 +216,7 @@ def test_each_prompt_of_ifeval_is_judged_by_lm_evals_checkers():
     verdicts = set()
     rows = rows_of("ifeval", None)
     for row in rows:
-        (q,) = E.questions("ifeval", [data.Row(row, "x")])
+        (q,) = B.questions("ifeval", [data.Row(row, "x")])
         doc = row | {"kwargs": [{k: v for k, v in kw.items() if v} for kw in row["kwargs"]]}
         for output in ("", row["prompt"], '"ONE TWO THREE FOUR"', "* <<Title>> lower.\n\n" * 9):
             random.seed(0)

@@ -10,9 +10,9 @@ from tiny import tiny_llama, write_checkpoint, write_data
 import baselines
 import checkpoint as C
 import data
-import eval as evaluation
 import model as M
 import plan as P
+import results as R
 import settings as S
 import train
 
@@ -113,7 +113,7 @@ def test_presets_name_settings_and_models():
 
 def test_table_9s_settings_by_model():
     """As printed, but for r_avg and r_max, whose rows it has exchanged."""
-    table = {row["hyperparameter"]: row for row in evaluation.paper_tables()["09"]}
+    table = {row["hyperparameter"]: row for row in R.paper_tables()["09"]}
     for model in ("llama2-7b", "llama3-8b"):
         s = settled("--model", model, "--task", "commonsense")
         printed = {name: row[model] or row["both"] for name, row in table.items()}

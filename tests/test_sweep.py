@@ -11,6 +11,7 @@ import pytest
 import checkpoint as C
 import demo
 import eval as E
+import results as R
 import settings as S
 import sweep
 import train
@@ -75,7 +76,7 @@ def test_a_sweep_runs_what_is_missing_and_ends_in_one_table(tmp_path, monkeypatc
     rows = sweep.read_csv(Path("s"))
     assert [r["method"] for r in rows] == ["full", "farss"]
     assert float(rows[0]["T"]) == 1.0 and rows[1]["shallow_rank_asked"] == "126.0"
-    results = E.read_results("s/farss-lr0.001-s0")
+    results = R.read_results("s/farss-lr0.001-s0")
     assert float(rows[1]["city"]) == pytest.approx(results["benchmarks"]["city"]["score"], abs=1e-3)
     assert float(rows[1]["K"]) == pytest.approx(results["summary"]["K"], abs=1e-3)
     full = C.read_json("s/full.json")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import eval as E
+import results as R
 from notebooks.tables import check
 
 REPO = Path(__file__).resolve().parent.parent
 PAPER = REPO.parent / "shared" / "paper.md"
-TABLES = E.paper_tables()
+TABLES = R.paper_tables()
 # A number that stands alone or before M: not the digits of a name (GSM8K, SST-2) nor 1/3.
 NUMBER = re.compile(r"(?<![\w/.-])\d+(?:\.\d+)?(?:e-\d+)?M?(?![\w/])")
 
@@ -124,7 +124,7 @@ def test_bounds_hold_what_rounds_to_the_printed_scores_and_no_more():
     """Random values that round to the scores stay within; those at the ends come close to them."""
     row = next(r for r in TABLES["10"] if r["method"] == "PiSSA")
     low, high = check.recompute(row, -1), check.recompute(row, 1)
-    origin, full = E.paper_references(row["model"], row["task"])
+    origin, full = R.paper_references(row["model"], row["task"])
     known, task = ("triviaqa", "nq_open", "webqs"), ("gsm8k", "math")
     rng, found = random.Random(0), defaultdict(list)
     for _ in range(4000):
@@ -176,9 +176,9 @@ def test_the_readme_lists_them():
 
 
 def test_references_of_eval():
-    origin, full = E.paper_references("gemma2-9b", "code")
+    origin, full = R.paper_references("gemma2-9b", "code")
     assert (origin["webqs"], full["humaneval"], full["Avg"]) == ("18.95", "53.05", "42.78")
-    assert E.paper_references("gemma2-9b", "math") is None
-    before, whole = E.paper_row({"model": "mistral-7b-v0.3", "task": "math"})
+    assert R.paper_references("gemma2-9b", "math") is None
+    before, whole = R.paper_row({"model": "mistral-7b-v0.3", "task": "math"})
     assert before.items() >= {"nq_open": 20.53, "webqs": 8.46}.items()
     assert whole["gsm8k"] == 67.55 and "nq_open" not in whole

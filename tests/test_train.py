@@ -918,7 +918,8 @@ def test_no_file_is_written_but_by_atomic():
                 left.setdefault(file.stem, []).append(said)
     assert left.pop("sandbox")
     assert left == {"train": ["open(log if parallel.first() else os.devnull, 'a')"],
-                    "eval": ["open(path, 'ab')"], "sweep": ["open(f'{job.run}.log', 'a')"]}
+                    "export": ["open(temporary / MARK, 'a')"],
+                    "results": ["open(path, 'ab')"], "sweep": ["open(f'{job.run}.log', 'a')"]}
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(here, monkeypatch, capsys):

@@ -8,7 +8,8 @@ the interval come from moving every printed score to the end of its own.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from eval import paper_references, paper_tables, summary_metrics
+from eval import summary_metrics
+from results import paper_references, paper_tables
 
 METRICS = ("Avg", "K", "T", "KT")
 LABELS = ("model", "task", "method", "params", "samples", "(r_min, r_avg, r_max)")
