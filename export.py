@@ -494,12 +494,12 @@ def rank_and_alpha(raw: dict[str, Any], name: str, path: Path) -> tuple[int, flo
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside it to write to, which becomes `folder` on success and vanishes on failure."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"--to {folder}: is there already; name another, or remove it")
     temporary = folder.with_name(folder.name + ".tmp")
     files, mark = temporary / "files", temporary / MARK
     with claim(temporary):
         try:
+            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+                raise UserError(f"--to {folder}: is there already; name another, or remove it")
             shutil.rmtree(files, ignore_errors=True)  # of an export that was killed
             files.mkdir()
             yield files

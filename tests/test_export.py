@@ -521,6 +521,16 @@ def test_what_a_killed_export_left_goes_with_the_next(run, tmp_path):
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == sorted([*files, "README.md"])
 
 
+def test_a_kill_behind_the_renaming_leaves_nothing_for_long(tmp_path):
+    """The folder is whole, and what stood beside it goes with the next command that names it."""
+    for name, file in (("x", "mine"), ("x.tmp", export.MARK)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    with pytest.raises(C.UserError, match="x: is there already"), export.new_folder(tmp_path / "x"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x" / "mine").exists()
+
+
 @pytest.mark.parametrize("left", [[], [export.MARK]])
 def test_an_export_that_was_killed_at_once(run, tmp_path, left):
     (tmp_path / "x.tmp").mkdir()
