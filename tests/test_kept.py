@@ -527,3 +527,13 @@ def test_forgetting_is_shown_beside_k(world, capsys):
     header, row = out.splitlines()[-2:]
     assert "known loss" in header and "2.5000" in row
     assert data.TASKS["math"].knowledge in E.KNOWLEDGE and "" not in E.KNOWLEDGE
+
+
+def test_results_that_a_link_names(tmp_path):
+    """The file that a user names may be a link to anywhere, one in a run's folder may not."""
+    (tmp_path / "results.json").write_text('{"benchmarks": {}}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").symlink_to(tmp_path / "results.json")
+    assert R.read_results(tmp_path / "run" / "results.json")["benchmarks"] == {}
+    with pytest.raises(UserError, match="leads out of its folder"):
+        R.read_results(tmp_path / "run")
