@@ -929,10 +929,18 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
         flat = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         temporary.touch()
         mode = temporary.stat().st_mode
+        # save_file writes under a random name first, which a kill would leave behind for good; so
+        # in a folder whose name the next attempt knows.
+        own = temporary.with_suffix(".d.tmp")
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir()
         try:
-            save_file(flat, temporary, metadata=metadata)
+            save_file(flat, own / temporary.name, metadata=metadata)
+            os.replace(own / temporary.name, temporary)
         except SafetensorError as error:
             raise OSError(f"{path}: could not be written ({error})") from None
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
         temporary.chmod(mode)  # save_file leaves a file that nobody else can read
 
 

@@ -1169,3 +1169,26 @@ def test_a_fingerprint_is_of_names_and_values_not_of_files(folder, tmp_path):
         save_file(large, folder / "model.safetensors")
         assert C.fingerprint(folder) != first
         first = C.fingerprint(folder)
+
+
+def test_what_a_kill_leaves_of_a_write_goes_with_the_next(tmp_path, monkeypatch):
+    """safetensors' own temporary file included, whose name is a random one."""
+    seen = []
+    real = C.save_file
+
+    def save_file(tensors, path, metadata):
+        (path.parent / ".tmpAbC123").touch()  # as a process that is killed here leaves it
+        seen.append(sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")))
+        if len(seen) == 1:
+            raise SystemExit
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(C, "save_file", save_file)
+    file = tmp_path / "a.safetensors"
+    with monkeypatch.context() as killed:
+        killed.setattr(C.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(SystemExit):
+            C.save_tensors(file, {"x": torch.ones(2)}, {"a": "b"})
+    assert len(list(tmp_path.rglob("*"))) == 2  # the folder, and what lies in it
+    C.save_tensors(file, {"x": torch.ones(2)}, {"a": "b"})
+    assert list(tmp_path.rglob("*")) == [file] and seen[0] == seen[1]
