@@ -24,7 +24,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -380,10 +381,12 @@ def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
         with checkpoint.atomic(log) as temporary:
             temporary.write_text("".join(line + "\n" for line in done))
 
-    lengths, stop = [len(e.ids) for e in examples], StopRequest()
+    lengths: list[int] = [len(e.ids) for e in examples]
+    asked_to_stop: list[bool] = []
     epoch, batches = -1, []
     with tqdm(total=steps, initial=start, desc=f"{s.method}", disable=None) as bar, \
-            open(log if parallel.first() else os.devnull, "a") as out, stop:
+            open(log if parallel.first() else os.devnull, "a") as out, \
+            on_signal(partial(asked_to_stop.append, True)):  # so that a step is never cut in two
         for step in range(start, steps):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
@@ -411,7 +414,7 @@ def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
             out.flush()
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:.1f} GB")
-            last, stopping = step + 1 == steps, parallel.anywhere(stop.asked)
+            last, stopping = step + 1 == steps, parallel.anywhere(bool(asked_to_stop))
             saving = stopping or ((step + 1) % s.save_every == 0 and not last)
             if (saving or last) and parallel.anywhere(not all_finite(trained.values())):
                 diverged(run, s, f"step {step + 1}: weights that are not finite after loss {loss}, "
@@ -467,22 +470,14 @@ def newest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-class Interruptible:
-    """Within `with`, Ctrl-C and SIGTERM end in a KeyboardInterrupt that says what is left of `run`,
-    which is set as soon as there may be something, and how to go on."""
-
-    def __init__(self):
-        self.run: Path | None = None
-
-    def __enter__(self):
-        def handler(number, frame):
-            raise KeyboardInterrupt(left_of(self.run))
-
-        self.before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+@contextmanager
+def on_signal(act: Callable[[], object]) -> Iterator[None]:
+    """Within `with`, Ctrl-C and SIGTERM call `act`, and afterwards do what they did before."""
+    before = {n: signal.signal(n, lambda *_: act()) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -496,24 +491,6 @@ def left_of(run: Path | None) -> str:
     kept = newest_checkpoint(run) or (start if start.exists() else None)
     return (f"{kept} is kept" if kept else "only the settings are kept, and no start") + (
         f"; go on with: python train.py --resume {run}")
-
-
-class StopRequest:
-    """Within `with`, Ctrl-C and SIGTERM only set `asked`, so that a step is never cut in two."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        def handler(number, frame):
-            self.asked = True
-
-        self.before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------- run
@@ -586,14 +563,21 @@ def started_with(run: Path | None, s: Settings, chosen: data.TrainingSet) -> Non
 
 def main(argv: list[str] | None = None) -> None:
     args = training_arguments(__doc__, argv)
-    with Interruptible() as interruptible:
-        one_run(args, interruptible)
+    begun: list[Path] = []
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt(left_of(begun[0] if begun else None))
+
+    with on_signal(interrupt):
+        one_run(args, begun)
 
 
-def one_run(args: argparse.Namespace, interruptible: Interruptible) -> None:
-    """From the arguments to the finished run, and its plan alone with --dry-run."""
+def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
+    """From the arguments to the finished run, and its plan alone with --dry-run. The run's folder
+    goes into `begun` as soon as something may be left in it."""
     if args.resume:
-        run = interruptible.run = args.resume
+        run = args.resume
+        begun.append(run)
         s, recorded = read_run(run)
         if finished(run):
             shutil.rmtree(run / "checkpoint.tmp", ignore_errors=True)  # killed while they went
@@ -608,7 +592,7 @@ def one_run(args: argparse.Namespace, interruptible: Interruptible) -> None:
         run, recorded = args.out or run_folder(s), None
         if not args.dry_run:  # before the data are read
             check_new(run)
-            interruptible.run = run
+            begun.append(run)
         rows = (data.read_rows(s.data, data.TASKS[s.task].source)
                 if not args.dry_run or data.is_local(s.data) else [])
         planned = plan.make(s, config, args.memory and args.memory * 1e9, len(rows))
