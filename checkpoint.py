@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -893,6 +892,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     that neither a killed process nor a power cut leaves half a file."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # a link in a folder from elsewhere must not be written to
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -923,25 +923,13 @@ def save_json(path: str | Path, value: dict) -> None:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file. Give one metadata entry: several are written in random order, and
-    then equal runs do not leave equal files."""
-    with atomic(path) as temporary:
-        flat = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        # save_file writes under a random name first, which a kill would leave behind for good; so
-        # in a folder whose name the next attempt knows.
-        own = temporary.with_suffix(".d.tmp")
-        shutil.rmtree(own, ignore_errors=True)
-        own.mkdir()
-        try:
-            save_file(flat, own / temporary.name, metadata=metadata)
-            os.replace(own / temporary.name, temporary)
-        except SafetensorError as error:
-            raise OSError(f"{path}: could not be written ({error})") from None
-        finally:
-            shutil.rmtree(own, ignore_errors=True)
-        temporary.chmod(mode)  # save_file leaves a file that nobody else can read
+    """One safetensors file, byte for byte as safetensors' own save_file writes it.
+
+    Not by save_file: it writes under a random name first, which a kill leaves behind for good, and
+    several entries of metadata in random order.
+    """
+    stream_tensors(path, {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}, metadata,
+                   lambda name: tensors[name])
 
 
 def seal(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
@@ -982,34 +970,41 @@ def load_sealed(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[st
     return tensors, about
 
 
-STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+# In safetensors' order, in which the widest numbers come first, so that all are aligned.
+STORED_DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32",
+                 torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
+                 torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-def stream_tensors(path: str | Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
-                   tensor_of: Callable[[str], Tensor]) -> None:
+def stream_tensors(path: str | Path, layout: dict[str, tuple[tuple[int, ...], torch.dtype]],
+                   metadata: dict[str, str], tensor_of: Callable[[str], Tensor]) -> None:
     """One safetensors file of which a single tensor at a time is in memory.
 
     The format is a header, which says where each tensor lies, and their bytes: the header follows
-    from the shapes alone. `tensor_of` gives the tensor of a name, in this dtype, on the CPU.
+    from shapes and dtypes alone, the `layout`. `tensor_of` gives the tensor of a name, on any
+    device.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    order = list(STORED_DTYPES)
+    names = sorted(layout, key=lambda name: (order.index(layout[name][1]), name))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
-    for name, shape in shapes.items():
+    for name in names:
+        shape, dtype = layout[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": STORED_DTYPES[dtype], "shape": list(shape),
-                        "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+        header[name] = {"dtype": STORED_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
     with atomic(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            raw_bytes(tensor_of(name), shape, dtype).tofile(file)
+        for name in names:
+            # not numpy's tofile, which lets a full disk pass unseen
+            file.write(raw_bytes(tensor_of(name), *layout[name]))
 
 
 def raw_bytes(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
     """The bytes of a tensor, as numpy's array of them; it must be what the header says."""
     assert tuple(tensor.shape) == shape and tensor.dtype == dtype
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -230,7 +230,8 @@ def write_model(source: Source, folder: Path, tensor_of: Callable[[str], Tensor]
     names = (["model.safetensors"] if len(shards) == 1 else
              [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)])
     for file, shapes in zip(names, shards, strict=True):
-        checkpoint.stream_tensors(folder / file, shapes, dtype, lambda n: tensor_of(n).to(dtype))
+        checkpoint.stream_tensors(folder / file, {n: (x, dtype) for n, x in shapes.items()},
+                                  {"format": "pt"}, lambda n: tensor_of(n).to(dtype))
     if len(shards) > 1:
         total = sum(map(math.prod, source.shapes.values())) * dtype.itemsize
         checkpoint.save_json(folder / "model.safetensors.index.json", {

@@ -1171,24 +1171,44 @@ def test_a_fingerprint_is_of_names_and_values_not_of_files(folder, tmp_path):
         first = C.fingerprint(folder)
 
 
+def test_save_tensors_writes_what_safetensors_does(tmp_path):
+    """Byte for byte: order, alignment, names, empty and scalar tensors, views, shared memory."""
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {"b": base, "a.weight": base.t(), "half": base[1:, ::2].half(),
+               "é\"": base.bfloat16(), "flag": base > 5, "one": torch.tensor(3),
+               "int": base.int(), "none": base[:0], "wide": base.double(), "byte": base.byte(),
+               "same": base}
+    own = {n: t.clone().contiguous() for n, t in tensors.items()}
+    for metadata in ({"format": "pt"}, {"adapter": json.dumps({"é": "\n\"", "x": 1e-3})}, {}):
+        C.save_tensors(tmp_path / "ours", tensors, metadata)
+        save_file(own, tmp_path / "theirs", metadata or None)
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+        C.save_tensors(tmp_path / "ours", dict(reversed(tensors.items())), metadata)
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_what_a_kill_leaves_of_a_write_goes_with_the_next(tmp_path, monkeypatch):
-    """safetensors' own temporary file included, whose name is a random one."""
-    seen = []
-    real = C.save_file
+    file, temporary = tmp_path / "a.safetensors", tmp_path / "a.safetensors.tmp"
 
-    def save_file(tensors, path, metadata):
-        (path.parent / ".tmpAbC123").touch()  # as a process that is killed here leaves it
-        seen.append(sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")))
-        if len(seen) == 1:
-            raise SystemExit
-        real(tensors, path, metadata)
+    def killed(name):
+        raise SystemExit
 
-    monkeypatch.setattr(C, "save_file", save_file)
-    file = tmp_path / "a.safetensors"
-    with monkeypatch.context() as killed:
-        killed.setattr(C.shutil, "rmtree", lambda *_, **__: None)
+    with monkeypatch.context() as m:
+        m.setattr(C.Path, "unlink", lambda *_, **__: None)  # a process that was killed does nothing
         with pytest.raises(SystemExit):
-            C.save_tensors(file, {"x": torch.ones(2)}, {"a": "b"})
-    assert len(list(tmp_path.rglob("*"))) == 2  # the folder, and what lies in it
+            C.stream_tensors(file, {"x": ((2,), torch.float32)}, {}, killed)
+    assert list(tmp_path.iterdir()) == [temporary]
     C.save_tensors(file, {"x": torch.ones(2)}, {"a": "b"})
-    assert list(tmp_path.rglob("*")) == [file] and seen[0] == seen[1]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path):
+    """A folder from elsewhere must not have a file of this machine overwritten."""
+    other = tmp_path / "other"
+    other.write_text("mine")
+    for name, save in (("a", lambda path: C.save_text(path, "text")),
+                       ("b", lambda path: C.save_tensors(path, {"x": torch.ones(2)}, {}))):
+        (tmp_path / f"{name}.tmp").symlink_to(other)
+        (tmp_path / name).symlink_to(other)
+        save(tmp_path / name)
+        assert other.read_text() == "mine" and not (tmp_path / name).is_symlink()
