@@ -48,7 +48,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -106,14 +106,16 @@ def tokens(work: list) -> int:
 # --------------------------------------------------------------------------------------- training
 
 
-def training(model: Any, loss: Callable[[dict], torch.Tensor], work: list[dict]) -> Timed:
+def training(model: Any, loss: Callable[[dict], torch.Tensor], work: list[dict],
+             products: Callable[[Any], AbstractContextManager] = nullcontext) -> Timed:
     """Steps on `loss(batch)`, the mean over the labelled tokens; in real tokens."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
 
     def step(batch):
-        loss(batch).backward()
+        with products(model):
+            loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -135,7 +137,7 @@ def train_here(folder: str, w: Work, lengths: tuple[int, int] = (128, 256)) -> T
         total, n = model.loss(**batch)
         return total / n
 
-    return training(model, loss, batches(model.config.vocab_size, 1 + w.steps, lengths))
+    return training(model, loss, batches(model.config.vocab_size, 1 + w.steps, lengths), M.products)
 
 
 def train_peft(folder: str, w: Work, lengths: tuple[int, int] = (128, 256)) -> Timed:

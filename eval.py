@@ -290,7 +290,7 @@ class Evaluator:
 def mean_loss(model: M.Model, examples: list[data.Example], desc: str = "loss") -> float | None:
     """Mean loss in nats per labelled token; None without any, and where it is not finite."""
     found = []
-    with M.evaluating(model):
+    with M.evaluating(model), M.products(model):
         for batch in tqdm(parallel.shard(data.batches_by_length(examples, lambda e: len(e.ids), 8)),
                           desc=desc, leave=False, disable=None):
             loss, labelled = model.loss(**data.collate(batch, M.embedding(model).device))
@@ -399,8 +399,9 @@ def greedy_match(evaluator: Evaluator, name: str, asked: list[Question], known: 
     batches = data.batches_by_length(pairs, lambda p: len(p[2].ids), 4 * evaluator.batch_size)
     for batch in tqdm(batches, desc=name, leave=False, disable=None):
         inputs = data.collate([p[2] for p in batch], M.embedding(model).device)
-        hidden, target = model.labelled(inputs["input_ids"], inputs["labels"])
-        hit = (model.logits(hidden).argmax(-1) == target).tolist()
+        with M.products(model):
+            hidden, target = model.labelled(inputs["input_ids"], inputs["labels"])
+            hit = (model.logits(hidden).argmax(-1) == target).tolist()
         for i, answer, example in batch:
             n = len(example.ids) - example.prompt_length
             here, hit = hit[:n], hit[n:]
@@ -439,7 +440,7 @@ def classify(evaluator: Evaluator, name: str, asked: list[Question], known: Answ
     batches = [batch for batch in data.batches_by_length(
         range(len(asked)), lambda i: len(examples[i].ids), 4 * evaluator.batch_size)
         if not known.keys() >= set(batch)]
-    with M.evaluating(model):
+    with M.evaluating(model), M.products(model):
         for batch in tqdm(batches, desc=name, leave=False, disable=None):
             inputs = data.collate([examples[i] for i in batch], M.embedding(model).device)
             scores = model(inputs["input_ids"], inputs["attention_mask"]).float()

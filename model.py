@@ -29,7 +29,7 @@ Shapes: b sequences, t tokens, d = hidden_size, V = vocab_size; a linear layer i
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -39,6 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+import onednn
 
 IGNORE = -100  # label of a position that carries no loss, as in torch's cross_entropy
 WIDE = 512  # width from which training takes the ways of Adapted and Decoder.unpadded: below it
@@ -1028,16 +1030,29 @@ def merge(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------- decoding
 
 
+def on_cpu_in_fp32(linears: Iterable[nn.Linear | LoRALinear]) -> bool:
+    """Whether all of them have plain weights of fp32 on the CPU, and are WIDE."""
+    return all(m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
+               and type(m.weight) is nn.Parameter and m.weight.shape[1] >= WIDE for m in linears)
+
+
+def linears_of(model: nn.Module) -> list[nn.Linear | LoRALinear]:
+    return [m for m in model.modules() if isinstance(m, nn.Linear | LoRALinear)]
+
+
+def products(model: nn.Module) -> AbstractContextManager:
+    """Inside, the model's products are oneDNN's, where that is faster (see onednn.py): not on a
+    GPU, in bf16, or in layers below WIDE."""
+    quick = onednn.is_faster() and on_cpu_in_fp32(linears_of(model))
+    return onednn.Products() if quick else nullcontext()
+
+
 def packable(model: nn.Module) -> list[nn.Linear | LoRALinear]:
     """The layers that `packed` packs: all linear ones. None on a GPU, in bf16, in layers below
     WIDE, of weights above PACKED, and where torch has no oneDNN for this CPU."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear | LoRALinear)]
-    if not torch.backends.mkldnn.is_available() or not all(
-            m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
-            and type(m.weight) is nn.Parameter and m.weight.shape[1] >= WIDE for m in linears):
-        return []
-    known = "AVX" in torch.backends.cpu.get_cpu_capability()
-    return linears if known and sum(m.weight.nbytes for m in linears) <= PACKED else []
+    linears = linears_of(model)
+    few = sum(m.weight.nbytes for m in linears) <= PACKED
+    return linears if few and on_cpu_in_fp32(linears) and onednn.is_known() else []
 
 
 def packed_size(model: nn.Module) -> int:
@@ -1058,17 +1073,12 @@ def packed(model: nn.Module) -> Iterator[None]:
     try:
         for m in linears:
             W = m.merged_weight() if isinstance(m, LoRALinear) else m.weight.detach()
-            W = torch.ops.mkldnn._reorder_linear_weight(W)
-            m.forward = partial(onednn_linear, W, m.bias)  # type: ignore[method-assign]
+            weight, bias = onednn.reordered(W), m.bias
+            m.forward = partial(onednn.linear, weight=weight, bias=bias)  # type: ignore[method-assign]
         yield
     finally:
         for m in linears:
             vars(m).pop("forward", None)  # the class's own again
-
-
-def onednn_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """x Wᵀ + bias, of a weight that is packed."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def next_tokens(model: CausalLM, rows: Sequence[Sequence[int]], cache: KVCache) -> list[int]:
@@ -1132,7 +1142,7 @@ def generate(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int
     n = len(prompts)
     limits = [max_new_tokens] * n if isinstance(max_new_tokens, int) else max_new_tokens
     new: list[list[int]] = [[] for _ in prompts]
-    with evaluating(model), packed(model):
+    with evaluating(model), packed(model) if packable(model) else products(model):
         for i, ids in continuations(model, prompts, limits, set(eos_ids), stop,
                                     min(batch_size or n, n)):
             new[i] = ids

@@ -90,7 +90,8 @@ def initialise(model: M.Model, s: Settings, examples: list[data.Example]) -> tup
         model.requires_grad_(True)
         freeze(model, s)
         return {}, {}
-    starts, report = STARTS[s.how.needs](model, s, examples)
+    with M.products(model):
+        starts, report = STARTS[s.how.needs](model, s, examples)
     starts = {name: parallel.same(start) for name, start in starts.items()}  # to the bit
     lost = M.attach(model, starts, layer_scaling(s, starts), s.dropout, s.residual)
     freeze(model, s)
@@ -321,9 +322,11 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
     targets = sum(e.targets for e in batch)
     total = 0.0
     for part in parts:
-        with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=plan.is_mixed(s)):
-            loss = model.loss(**part)[0] / targets
-        loss.backward()
+        with M.products(model):
+            with torch.autocast(torch.device(s.device).type, torch.bfloat16,
+                                enabled=plan.is_mixed(s)):
+                loss = model.loss(**part)[0] / targets
+            loss.backward()
         total += loss.item()
     parallel.sum_gradients(trained)
     total = parallel.added(total)

@@ -409,12 +409,12 @@ def test_packed_weights_multiply_as_the_plain_ones(kind, residual, monkeypatch):
     monkeypatch.setattr(M, "WIDE", 1)
     with pytest.raises(KeyboardInterrupt), M.packed(model):
         close(model(ids), plain, rtol=1e-3, atol=1e-3)
-        assert model.lm_head.forward.args[0].layout == torch._mkldnn
+        assert model.lm_head.forward.keywords["weight"].layout == torch._mkldnn
         raise KeyboardInterrupt
     assert not any("forward" in vars(m) for m in model.modules())
     equal(model(ids), plain)
-    products = Mock(side_effect=M.onednn_linear)
-    monkeypatch.setattr(M, "onednn_linear", products)
+    products = Mock(side_effect=M.onednn.linear)
+    monkeypatch.setattr(M.onednn, "linear", products)
     assert M.generate(model, PROMPTS, 6) == chains
     assert products.call_count == (7 * 2 + 1) * (4 + 5)  # four prompts, then all together
     for name, weight in model.state_dict().items():
