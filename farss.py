@@ -85,7 +85,8 @@ class FactorSums:
 
     along: dict[str, Along] = field(default_factory=dict)
     forward: dict[str, Tensor] = field(default_factory=dict)  # Σ_t h hᵀ (n, n) or F, by owner
-    backward: dict[str, Tensor] = field(default_factory=dict)  # Σ_t δ δᵀ (m, m) or B, by layer
+    backward: dict[str, Tensor] = field(default_factory=dict)  # Σ_t δ δᵀ (m, m) or B, by layer;
+    # F and B are their diagonals, or add_moment's stripes
     norm: dict[str, Tensor] = field(default_factory=dict)  # Σ ‖h‖², by owner
     first: dict[str, Tensor] = field(default_factory=dict)  # the same of first tokens
     owner: dict[str, str] = field(default_factory=dict)
@@ -164,23 +165,54 @@ def add_outer(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
     width = rows.shape[1]
     if name not in sums:
         sums[name] = rows.new_zeros(width, width)
-    for i in range(0, width, STRIPE):
-        j = min(i + STRIPE, width)
+    for i, j in stripes(width):
         sums[name][i:j, :j].addmm_(rows[:, i:j].T, rows[:, :j])
+
+
+def stripes(width: int) -> list[tuple[int, int]]:
+    """(i, j): rows i to j - 1, of which the columns up to j are summed."""
+    return [(i, min(i + STRIPE, width)) for i in range(0, width, STRIPE)]
+
+
+def size_of_stripes(width: int) -> int:
+    """Numbers in all of them."""
+    return sum((j - i) * j for i, j in stripes(width))
 
 
 def mirror(total: Tensor) -> None:
     """Copy what stands left of the stripes of add_outer to the right of the diagonal, in place."""
-    for i in range(STRIPE, len(total), STRIPE):
-        total[:i, i : i + STRIPE] = total[i : i + STRIPE, :i].T
+    for i, j in stripes(len(total)):
+        total[:i, i:j] = total[i:j, :i].T
 
 
 def add_moment(sums: dict[str, Tensor], name: str, rows: Tensor, squares: bool) -> None:
-    """add_outer, or its diagonal alone; uses up `rows`."""
+    """The same, of which the diagonal alone is kept, or the stripes alone, one behind the other;
+    uses up `rows`."""
+    width = rows.shape[1]
     if squares:
         sums[name] = sums.get(name, 0) + rows.pow_(2).sum(dim=0)
-    else:
-        add_outer(sums, name, rows)
+        return
+    if name not in sums:
+        sums[name] = rows.new_zeros(size_of_stripes(width))
+    for stripe, (i, j) in zip(as_stripes(sums[name], width), stripes(width), strict=True):
+        stripe.addmm_(rows[:, i:j].T, rows[:, :j])
+
+
+def as_stripes(total: Tensor, width: int) -> list[Tensor]:
+    """Views (j - i, j) of the stripes that add_moment kept."""
+    parts = total.split([(j - i) * j for i, j in stripes(width)])
+    return [part.view(-1, j) for part, (_, j) in zip(parts, stripes(width), strict=True)]
+
+
+def trace_and_diagonals(F: Tensor, B: Tensor, width: int) -> tuple[float, Tensor, Tensor]:
+    """Tr(F B) and the diagonals (width,) of symmetric F and B that add_moment kept."""
+    trace, diagonals = 0.0, []
+    for f, b in zip(as_stripes(F, width), as_stripes(B, width), strict=True):
+        f_square, b_square = f[:, -len(f) :], b[:, -len(b) :]  # on the diagonal; the rest is also
+        trace += 2 * (f * b).sum().item() - (f_square * b_square).sum().item()  # right of it
+        diagonals.append((f_square.diagonal(), b_square.diagonal()))
+    f_all, b_all = (torch.cat(parts) for parts in zip(*diagonals, strict=True))
+    return trace, f_all, b_all
 
 
 @contextmanager
@@ -713,8 +745,8 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
             W, (F, B) = model.get_submodule(name).weight, moments.pop(name)
             importance = None
             if budget.is_shallow(name):
-                importance = (F * B).sum().item() / W.numel()
-                F, B = F.diagonal(), B.diagonal()
+                trace, F, B = trace_and_diagonals(F, B, min(W.shape))
+                importance = trace / W.numel()
             found[name] = candidates(name, W, decomposed.pop(name), F.double() * B.double(),
                                      budget, share[name], importance)
     return {name: found[name] for name in names}

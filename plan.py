@@ -45,7 +45,9 @@ from settings import (
     whole_blocks,
 )
 
-CALIBRATION_BATCH = 8  # sequences; a constant, so that no number depends on the free memory
+# Of a calibration's batch: sequences, and tokens unless one sequence has more. Constants, so that
+# no number depends on the free memory; more tokens at a time would be no faster.
+CALIBRATION_BATCH, CALIBRATION_TOKENS = 8, 512
 # Linear layers that read the same tensor share one Σ_h: by layer, a name for what it reads.
 READS = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp",
              up_proj="mlp", query="attention", key="attention", value="attention")
@@ -251,17 +253,23 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
         return {"weights": element_size(s) * parameters, "covariances of a block": 4 * numbers,
                 "kept inputs": kept_inputs(s, config, tokens) // config.num_hidden_layers}
     held = 4 * sum(directions(s, m, n) for m, n in shapes.values())
-    moments = 4 * sum(2 * min(m, n) ** 2 for m, n in shapes.values())
-    batch = CALIBRATION_BATCH * s.max_length
+    moments = 4 * sum(2 * farss.size_of_stripes(min(m, n)) for m, n in shapes.values())
+    batch = calibration_batch(s.max_length) * s.max_length
     logits = 0 if FAMILIES[config.model_type].encoder else (
         12 * min(CHUNK, batch * config.vocab_size))
-    widest = max(map(max, shapes.values()))  # a gradient and its real tokens in fp32
+    # A gradient and its real tokens in fp32; when the logits are there, none of them is.
+    widest = batch * max(map(max, shapes.values())) * (element_size(s) + 4)
     return {"weights": element_size(s) * parameters,
             "directions of a block": held,
             "moments of a block": moments if s.budget.shallow else 0,
-            "activations of a block": batch * (block_activations(s, config, False) + widest * (
-                element_size(s) + 4)) + logits,
+            "activations of a block": batch * block_activations(s, config, False) + max(
+                widest, logits),
             "kept inputs": kept_inputs(s, config, tokens)}
+
+
+def calibration_batch(longest: int) -> int:
+    """Sequences of a calibration's batch, the longest of which has so many tokens."""
+    return max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // longest))
 
 
 def directions(s: Settings, m: int, n: int) -> int:

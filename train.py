@@ -142,12 +142,13 @@ def calibration_batches(s: Settings, examples: list[data.Example]) -> list[dict[
     counted."""
     picked = [examples[i] for i in data.draw(len(examples), s.calibration_examples, s.seed + 1)]
     batches = [data.collate(b, s.device or "cpu") for b in data.batches_by_length(
-        picked, lambda e: len(e.ids), calibration_batch(s))]
+        picked, lambda e: len(e.ids), calibration_batch(s, examples))]
     return [pad_and_count(b, s.max_length) for b in batches] if s.official else batches
 
 
-def calibration_batch(s: Settings) -> int:
-    return 2 if s.official else plan.CALIBRATION_BATCH
+def calibration_batch(s: Settings, examples: list[data.Example]) -> int:
+    longest = max((len(e.ids) for e in examples), default=1)
+    return 2 if s.official else plan.calibration_batch(longest)
 
 
 def calibration_loss(s: Settings) -> farss.Loss:
@@ -654,8 +655,9 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.sync_entries(run.parent)
         write_run(run, s, {
-            "data_sha256": chosen.sha256, "rows": len(rows), "calibration_batch":
-            calibration_batch(s), "from_run": str(args.from_run) if args.from_run else None,
+            "data_sha256": chosen.sha256, "rows": len(rows),
+            "calibration_batch": calibration_batch(s, calibration),
+            "from_run": str(args.from_run) if args.from_run else None,
             "dropped_rows": chosen.dropped, "cut_rows": chosen.cut,
             "known_as": known_as(s.model, config), **({"boundary": boundary} if boundary else {}),
             "base": str(folder.resolve()) if local else None,

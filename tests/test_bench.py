@@ -32,7 +32,7 @@ def test_both_sides_do_the_same_amount(name, folder):
 def test_training_is_on_the_same_loss(folder, monkeypatch):
     """The first one, before anything was learnt; dropout falls on adapters that are 0 so far."""
     losses = []
-    monkeypatch.setattr(bench, "training", lambda model, loss, work: losses.append(
+    monkeypatch.setattr(bench, "training", lambda model, loss, work, *_: losses.append(
         [loss(batch).item() for batch in work]))
     bench.train_here(folder, TINY)
     bench.train_peft(folder, TINY)

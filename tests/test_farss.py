@@ -336,9 +336,11 @@ def test_sweep_gives_the_factors_of_the_whole_model(setting, targets):
 @pytest.mark.parametrize("rounded", [False, True], ids=["own pass", "W X"])
 @pytest.mark.parametrize("setting", [{}, dict(attention_bias=True), MISTRAL, GEMMA2],
                          ids=["plain", "biases", "mistral", "gemma2"])
-def test_sweep_along_directions_gives_the_factors_seen_from_there(setting, rounded):
+def test_sweep_along_directions_gives_the_factors_seen_from_there(setting, rounded, monkeypatch):
     """F and B against Σ_h, Σ_δ and W multiplied out; of every second layer, so that q, k, v and
-    gate, up have one of each kind between them, and by turns all of F and B or their diagonals."""
+    gate, up have one of each kind between them, and by turns F and B in stripes or their
+    diagonals."""
+    monkeypatch.setattr(farss, "STRIPE", 10)
     model = llama64(num_hidden_layers=3, intermediate_size=12, **setting)  # gate lies, down stands
     names = M.linear_names(model, SEVEN)
     weights = {n: model.get_submodule(n).weight.detach() for n in names}
@@ -366,8 +368,8 @@ def test_sweep_along_directions_gives_the_factors_seen_from_there(setting, round
             across = W @ X if m >= n else W.T @ X
             expected = ((X.T @ Sigma_h @ X, across.T @ Sigma_delta @ across) if m >= n else
                         (across.T @ Sigma_h @ across, X.T @ Sigma_delta @ X))
-            if squares(name):
-                expected = [x.diagonal() for x in expected]
+            expected = [x.diagonal() if squares(name) else torch.cat(
+                [x[i:j, :j].flatten() for i, j in farss.stripes(len(x))]) for x in expected]
         for mine, theirs in zip(found[name], expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-14)
 
@@ -387,8 +389,9 @@ class WithDtype(NamedTuple):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("small", [1, farss.SMALL], ids=["one side", "both sides"])
-def test_measure_is_eq8_and_13_to_15_of_the_factors(monkeypatch, dtype, small):
+@pytest.mark.parametrize("small, stripe", [(1, farss.STRIPE), (farss.SMALL, 20)],
+                         ids=["one side", "both sides, in stripes"])
+def test_measure_is_eq8_and_13_to_15_of_the_factors(monkeypatch, dtype, small, stripe):
     """Importance, scores and the candidates' U Σ Vᵀ against measure_layer on kfac_factors."""
     model = llama64(num_hidden_layers=3).to(dtype)
     names, batches = M.linear_names(model, SEVEN), two_batches()
@@ -397,6 +400,7 @@ def test_measure_is_eq8_and_13_to_15_of_the_factors(monkeypatch, dtype, small):
     plain = {n: farss.measure_layer(n, model.get_submodule(n).weight.detach(), *factors[n], budget,
                                     0.0) for n in names}
     monkeypatch.setattr(farss, "SMALL", small)
+    monkeypatch.setattr(farss, "STRIPE", stripe)
     tolerance = 1e-8 if dtype == torch.float64 else 2e-3
     for name, mine in farss.measure(model, batches, names, budget).items():
         theirs = plain[name]
@@ -419,6 +423,23 @@ def test_a_symmetric_sum_in_stripes_is_the_whole_sum(monkeypatch, width):
         farss.add_outer(sums, "x", part)
     farss.mirror(sums["x"])
     close(sums["x"], torch.einsum("bti,btj->ij", rows, rows))
+
+
+@pytest.mark.parametrize("width", [1, 4, 5, 12, 13])
+def test_kept_stripes_give_the_trace_and_the_diagonals(monkeypatch, width):
+    monkeypatch.setattr(farss, "STRIPE", 4)
+    rows, sums, squares = torch.randn(2, 2, 7, width, dtype=torch.float64), {}, {}
+    for name, parts in zip("FB", rows, strict=True):
+        for part in parts:
+            farss.add_moment(sums, name, part, squares=False)
+            farss.add_moment(squares, name, part.clone(), squares=True)
+    whole = torch.einsum("kbti,kbtj->kij", rows, rows)
+    assert {len(x) for x in sums.values()} == {farss.size_of_stripes(width)}
+    trace, F, B = farss.trace_and_diagonals(sums["F"], sums["B"], width)
+    assert trace == pytest.approx((whole[0] @ whole[1]).trace().item(), rel=1e-12)
+    for found, name, total in zip((F, B), "FB", whole, strict=True):
+        close(found, total.diagonal())
+        close(squares[name], total.diagonal())
 
 
 def test_wide_layers_give_the_same_factors_in_stripes(monkeypatch):

@@ -24,7 +24,7 @@ FORMS = {  # of a matrix (r, c): how it may lie in memory
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Each product of oneDNN's; its weight must lie densely, or it takes a hundred times as long."""
+    """Each product of oneDNN's; its weight must lie densely, or it takes 100 times as long."""
     def checked(x, weight, bias=None):
         assert weight.is_contiguous() or weight.t().is_contiguous()
         return linear(x, weight, bias)

@@ -226,18 +226,22 @@ def roberta_tokenizer() -> Tokenizer:
 
 
 class PeakBytes(TorchDispatchMode):
-    """The largest total of CPU storages alive at once among those made inside."""
+    """The largest total of CPU storages alive at once among those made inside; views of the
+    weights of `model`, which is there before, do not count."""
 
-    def __init__(self):
+    def __init__(self, model=None):
         super().__init__()
         self.alive, self.peak = {}, 0
+        weights = model.parameters() if model is not None else ()
+        self.there = {p.untyped_storage()._cdata for p in weights}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
                 storage = leaf.untyped_storage()
-                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                if storage._cdata not in self.there:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return out
