@@ -72,6 +72,7 @@ from settings import (
     Parser,
     Settings,
     base_of,
+    check_compiler,
     finished,
     for_task,
     is_out_of_memory,
@@ -662,6 +663,8 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the run's; for a "
                         "model float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--compile", action="store_true", help="fuse norms and MLPs by "
+                        "torch.compile: a minute at the start, for a GPU to be faster afterwards")
     parser.add_argument("--text", type=Path, metavar="FILE", help="also the mean loss of this "
                         "text, which the model knew before")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
@@ -798,12 +801,16 @@ def main(argv: list[str] | None = None) -> None:
     use_threads(target.settings.threads if target.settings else
                 preset(name_of(about), task_of(about)).settings.get("threads"))
     model = load_target(target, args.dtype, args.device)
+    if args.compile:
+        check_compiler(M.embedding(model).device)
+        M.compile_parts(model)
     out = args.out or target.home
     tokenizer = checkpoint.Tokenizer(target.folder, model.config)
     scoring = args.scoring or "strict"
     evaluator = Evaluator(model, tokenizer, 1, args.max_new_tokens, args.bos, scoring,
                           args.allow_code_execution)
     results = about | {"benchmarks": {}, "dtype": str(M.embedding(model).dtype),
+                       "compiled": args.compile,
                        "batch_size": args.batch_size or "auto"} | provenance()
     results["benchmarks"] = kept_benchmarks(out, results, list(rows))
     epochs = epoch_scores(target.run) if target.run else []

@@ -357,7 +357,7 @@ def quiet(items: Iterable, **_: Any) -> Iterable:
 
 def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = summed_loss,
           keep_on: torch.device | str | None = None, progress: Callable[..., Iterable] = quiet,
-          along: Callable[[str], Along | None] = lambda name: None,
+          along: Callable[[list[str]], dict[str, Along]] = lambda names: {},
           reduce: Reduce = lambda x: x) -> Iterator[tuple[Factors, dict[str, float]]]:
     """kfac_factors block by block, from the last to the first, in the memory of one block.
 
@@ -365,9 +365,9 @@ def sweep(model: Any, batches: list[Batch], names: Iterable[str], loss: Loss = s
     block, on the device `keep_on` (None: where it is). Then each block in turn, for all batches,
     runs alone from its kept input and backward from the gradient that the block above handed
     down. Two forward passes (the last block: one) and one backward in all, whatever the number of
-    blocks. `along`, asked of each layer before its block runs, says what is wanted of it in place
-    of its factors. `reduce` sums over processes, where each has a part of the batches; they must
-    want the same.
+    blocks. `along`, asked of a block's layers before it runs, says of which of them what is wanted
+    in place of their factors. `reduce` sums over processes, where each has a part of the batches;
+    they must want the same.
 
     Yields for each block ({name: (Σ_h, Σ_δ) or (F, B)}, {name: share of the first tokens in
     Tr Σ_h}); what the caller pops from the first dict and drops is freed before the next block
@@ -408,7 +408,7 @@ def block_inputs(model: Any, batches: Iterable[Batch], lowest: int,
 
 def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contexts: list[tuple],
               inputs: list[Tensor], gradients: list[Any], loss: Loss, lowest: bool,
-              keep_on: torch.device | str | None, along: Callable[[str], Along | None],
+              keep_on: torch.device | str | None, along: Callable[[list[str]], dict[str, Along]],
               reduce: Reduce) -> tuple[Factors, dict[str, float]]:
     """Block i forward and backward on all batches, with hooks on its named layers: what sweep
     yields.
@@ -418,8 +418,7 @@ def run_block(model: Any, i: int, names: list[str], batches: list[Batch], contex
     the lowest block.
     """
     last = i == len(model.blocks) - 1
-    known = {n: wanted for n in names if (wanted := along(n)) is not None}
-    with kfac_hooks(model, names, known) as sums:
+    with kfac_hooks(model, names, along(names)) as sums:
         for b, batch in enumerate(batches):
             sums.start(batch["attention_mask"])
             device = batch["input_ids"].device
@@ -678,8 +677,7 @@ class Adapter:
         return self.A.shape[0]
 
 
-@dataclass
-class Directions:
+class Directions(NamedTuple):
     """Eq. 13 of a layer W (m, n): of a large one its smaller side alone."""
 
     S: Tensor  # (k,), falling
@@ -702,6 +700,13 @@ class Directions:
         return both_sides(W, S, X, across(W, X, S) if self.Y is None else self.Y[:, index])
 
 
+Each = Callable[[Callable[[Tensor], Directions], list[Tensor]], list[Directions]]
+
+
+def one_by_one(make: Callable[[Tensor], Directions], weights: list[Tensor]) -> list[Directions]:
+    return [make(W) for W in weights]
+
+
 def look_along(W: Tensor, X: Tensor, squares: bool) -> Along:
     """How to look at the tokens of a layer W along the directions X of its smaller side."""
     tall = W.shape[0] >= W.shape[1]
@@ -714,8 +719,8 @@ def look_along(W: Tensor, X: Tensor, squares: bool) -> Along:
 @torch.no_grad()
 def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
             loss: Loss = summed_loss, keep_on: torch.device | str | None = None,
-            progress: Callable[..., Iterable] = quiet, reduce: Reduce = lambda x: x
-            ) -> dict[str, Measurement]:
+            progress: Callable[..., Iterable] = quiet, reduce: Reduce = lambda x: x,
+            each: Each = one_by_one) -> dict[str, Measurement]:
     """First step: every layer's scored directions and, of a shallow one, its importance.
 
     Each layer is decomposed before its block runs, and the tokens are seen along its directions;
@@ -725,7 +730,8 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
     model stays as it is. Candidates are on the CPU, in fp32 (fp64 for an fp64 model). Raises
     ValueError for weights, activations or gradients that are not finite and for a layer that has
     an adapter already. `keep_on`, `progress` (which wraps loops as tqdm does) and `reduce` are
-    those of `sweep`.
+    those of `sweep`; `each` has the layers of a block decomposed, by several processes where there
+    are some.
     """
     for name in names:
         if not isinstance(model.get_submodule(name), nn.Linear):
@@ -733,12 +739,14 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
     found: dict[str, Measurement] = {}
     decomposed: dict[str, Directions] = {}  # layers of the present block
 
-    def along(name: str) -> Along:
-        W = model.get_submodule(name).weight
-        if not W.isfinite().all():
-            raise ValueError(f"the weight of {name} is not finite")
-        decomposed[name] = Directions.of(W)
-        return look_along(W, decomposed[name].X, not budget.is_shallow(name))
+    def along(block: list[str]) -> dict[str, Along]:
+        weights = {name: model.get_submodule(name).weight for name in block}
+        for name, W in weights.items():
+            if not W.isfinite().all():
+                raise ValueError(f"the weight of {name} is not finite")
+        decomposed.update(zip(block, each(Directions.of, list(weights.values())), strict=True))
+        return {name: look_along(W, decomposed[name].X, not budget.is_shallow(name))
+                for name, W in weights.items()}
 
     for moments, share in sweep(model, batches, names, loss, keep_on, progress, along, reduce):
         for name in list(moments):

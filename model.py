@@ -1027,6 +1027,22 @@ def merge(model: nn.Module) -> None:
         put_linear(model, name, layer.merged_weight().to(layer.weight.dtype))
 
 
+def compile_parts(model: nn.Module) -> None:
+    """Have torch.compile fuse what stands between the attentions: norms, and the gated MLP with its
+    adapters. For any number of sequences and tokens at once; attention, whose masks and caches
+    change from call to call, stays as it is, and has fused kernels of its own."""
+    parts = [m for m in model.modules() if isinstance(m, RMSNorm | MLP | AddAndNorm)]
+    for m in parts:
+        m.compile(dynamic=True)
+    # Each rank of an adapter is compiled anew; beyond the limit torch goes back to the plain way.
+    torch._dynamo.config.recompile_limit = 8 + len(parts)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether compile_parts was here."""
+    return any(m._compiled_call_impl is not None for m in model.modules())
+
+
 # ------------------------------------------------------------------------------------- decoding
 
 
@@ -1042,16 +1058,16 @@ def linears_of(model: nn.Module) -> list[nn.Linear | LoRALinear]:
 
 def products(model: nn.Module) -> AbstractContextManager:
     """Inside, the model's products are oneDNN's, where that is faster (see onednn.py): not on a
-    GPU, in bf16, or in layers below WIDE."""
-    quick = onednn.is_faster() and on_cpu_in_fp32(linears_of(model))
+    GPU, in bf16, in layers below WIDE, or compiled ones."""
+    quick = onednn.is_faster() and on_cpu_in_fp32(linears_of(model)) and not is_compiled(model)
     return onednn.Products() if quick else nullcontext()
 
 
 def packable(model: nn.Module) -> list[nn.Linear | LoRALinear]:
     """The layers that `packed` packs: all linear ones. None on a GPU, in bf16, in layers below
-    WIDE, of weights above PACKED, and where torch has no oneDNN for this CPU."""
+    WIDE, of weights above PACKED, compiled, and where torch has no oneDNN for this CPU."""
     linears = linears_of(model)
-    few = sum(m.weight.nbytes for m in linears) <= PACKED
+    few = sum(m.weight.nbytes for m in linears) <= PACKED and not is_compiled(model)
     return linears if few and on_cpu_in_fp32(linears) and onednn.is_known() else []
 
 

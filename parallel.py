@@ -2,7 +2,7 @@
 
     together      wraps a script's main: sets the processes up and takes them down
     rank, size, first, barrier, same, anywhere        who is who, and what all agree on
-    shard, gather, deal                               lists dealt out, and put together again
+    shard, gather, each, deal                         lists dealt out, and put together again
     total, added, sum_gradients                       sums over the processes
     shard_model, own, everywhere, whole, part, unshard    weights dealt out (FSDP2), whole again
 
@@ -192,6 +192,20 @@ def gather(mine: list) -> list:
     parts: list[list] = [[] for _ in range(size())]
     dist.all_gather_object(parts, mine)
     return [parts[i % size()][i // size()] for i in range(sum(map(len, parts)))]
+
+
+def each(make: Callable[[Tensor], Any], tensors: list[Tensor]) -> list:
+    """[make(x) for x in tensors], each process making its part; `make` gives a NamedTuple of
+    tensors and None, which ends up where x is."""
+    if size() == 1:
+        return [make(x) for x in tensors]
+    made = gather([moved(make(x), "cpu") for x in shard(tensors)])  # a GPU's number is its own
+    return [moved(one, x.device) for one, x in zip(made, tensors, strict=True)]
+
+
+def moved(parts: Any, device: torch.device | str) -> Any:
+    """A NamedTuple of tensors and None on another device."""
+    return parts._replace(**{k: t.to(device) for k, t in parts._asdict().items() if t is not None})
 
 
 def deal(items: list) -> tuple[list, Callable[[Tensor], Tensor]]:

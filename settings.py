@@ -7,8 +7,10 @@ last word. `python train.py --help` lists all of them.
 import argparse
 import io
 import math
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -38,8 +40,9 @@ from model import (
 )
 
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
-MACHINE = ("device", "threads", "micro_batch", "checkpointing", "shard", "save_every",
+MACHINE = ("device", "threads", "micro_batch", "checkpointing", "compile", "shard", "save_every",
            "score_every", "score_limit")
+COMPILERS = ("g++", "clang++", "cl")  # of which torch.compile needs one on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -125,6 +128,9 @@ class Settings:
                                      "memory); the gradient is that of the whole batch")
     checkpointing: bool = setting(None, "recompute activations in the backward pass (default: "
                                         "only if memory needs it)")
+    compile: bool = setting(False, "fuse norms and MLPs by torch.compile: a minute at the start, "
+                                   "for a GPU to be faster afterwards; a CPU needs a C++ compiler "
+                                   "and seldom gains")
     shard: bool = setting(False, "with several processes (torchrun): each keeps a part of every "
                                  "weight, and gathers a block's when it runs (FSDP2)")
     save_every: int = setting(200, "steps between checkpoints")
@@ -389,6 +395,14 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def check_compiler(device: str | torch.device | None) -> None:
+    """UserError unless what torch.compile needs for the device is there."""
+    if str(device) == "cpu" and not (
+            os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
+        raise UserError("--compile: on a CPU torch.compile needs a C++ compiler, one of "
+                        + ", ".join(COMPILERS) + ", or what CXX names")
+
+
 def default_task(model: str) -> str:
     """The first task that a preset has for the model; math for all others."""
     return next((task for name, task in PRESETS if name == model and task in data.TASKS), "math")
@@ -583,6 +597,8 @@ def check(s: Settings, config: Config) -> None:
                 f"--task {s.task}")
         raise UserError(f"--shard does not go with {what}, which looks at whole weights between "
                         "steps; leave it out")
+    if s.compile:
+        check_compiler(s.device)
     try:
         names = s.layers(empty(config))
         if s.how.adaptive:

@@ -208,7 +208,7 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
     try:
         measured = farss.measure(model, batches, s.layers(model), s.budget, calibration_loss(s),
                                  keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None),
-                                 reduce=reduce)
+                                 reduce=reduce, each=parallel.each)
     except ValueError as error:  # a checkpoint or activations that are not finite
         raise UserError(f"{s.model}: {error}") from None
     layers = farss.build_adapters(measured, s.budget, start_inputs(s).scaling)
@@ -688,6 +688,8 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
 
     if s.shard:
         parallel.shard_model(model, model.blocks, s.device)
+    if s.compile:
+        M.compile_parts(model)
     validate = evaluation.validator(model, tokenizer, validation) if validation else None
     score = evaluation.validator(model, tokenizer, scored) if scored else None
     if not train(model, s, chosen, run, validate, score):

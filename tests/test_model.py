@@ -1,5 +1,6 @@
 """model.py against transformers on tiny random decoders: loss, decoding, adapters, sizes."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -22,6 +23,7 @@ from tiny import (
 
 import checkpoint as C
 import model as M
+import settings as S
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -419,6 +421,43 @@ def test_packed_weights_multiply_as_the_plain_ones(kind, residual, monkeypatch):
     assert products.call_count == (7 * 2 + 1) * (4 + 5)  # four prompts, then all together
     for name, weight in model.state_dict().items():
         equal(weight, weights[name])
+
+
+@pytest.mark.skipif(not any(map(shutil.which, S.COMPILERS)), reason="no C++ compiler")
+@pytest.mark.parametrize("wide", [512, 32], ids=["plain layers", "Adapted"])
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_a_compiled_model_has_the_same_loss_gradients_and_tokens(wide, monkeypatch):
+    """Ranks that differ from layer to layer, batches of more than one size, and no part that torch
+    gave up on."""
+    monkeypatch.setattr(M, "WIDE", wide)
+    torch._dynamo.reset()
+    model = tiny_llama(num_hidden_layers=4)
+    adapters = {n: random_adapters(model, SEVEN, r=1 + i // 7)[n]
+                for i, n in enumerate(M.linear_names(model, SEVEN))}
+    M.attach(model, adapters)
+    batches = [padded("right"), padded("right", (9, 30), seed=2), padded("right", (5, 4, 3, 2))]
+
+    def training():
+        found = []
+        for ids, mask in batches:
+            model.zero_grad()
+            loss = model.loss(ids, torch.where(mask.bool(), ids, M.IGNORE), mask)[0]
+            loss.backward()
+            found += [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        return found, M.generate(model, PROMPTS, 6)
+
+    model.train()
+    expected, chains = training()
+    torch._dynamo.utils.counters.clear()
+    M.compile_parts(model)
+    assert M.packed_size(model) == 0
+    found, compiled_chains = training()
+    assert compiled_chains == chains
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 2 * 4 and not counters["graph_break"]
+    assert not any("limit" in reason for reason in counters["unimplemented"])
 
 
 def test_what_is_packed(monkeypatch):

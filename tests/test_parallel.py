@@ -99,6 +99,14 @@ def work():
     one, reduce = parallel.deal(["alone"])
     assert one == ["alone"] and reduce(torch.ones(1)) == 1
     assert parallel.gather([f"{rank}-{i}" for i in range(2 - rank)]) == ["0-0", "1-0", "0-1"]
+    torch.manual_seed(3)
+    weights, made = [torch.randn(6, 9), torch.randn(9, 6), torch.randn(4, 4)], []
+    found = parallel.each(lambda W: (made.append(W), farss.Directions.of(W))[1], weights)
+    assert len(made) == 2 - rank
+    for one, W in zip(found, weights, strict=True):
+        assert all(map(torch.equal, one, farss.Directions.of(W)))
+    svd, decomposed = farss.svd, []
+    farss.svd = lambda W: (decomposed.append(W), svd(W))[1]
     inner = train.train
 
     def watched(model, *args):
@@ -108,14 +116,18 @@ def work():
         return done
 
     for method in METHODS:
+        decomposed.clear()
         train.train = watched
         train.main([*SMALL, "--method", method, "--out", f"two-{method}"])
         parallel.barrier()
         if parallel.first():
             for file in ("before-0", "before-1", "after-0", "after-1"):
                 shutil.move(file, f"two-{method}/{file}")
+        if method == "farss":  # seven layers in each of four blocks, by turns
+            assert len(decomposed) == 4 * (4 - rank)
         train.train = inner
         parallel.barrier()
+    farss.svd = svd
     E.main(["two-farss", *ASKED])
 
     train.main([*DROPOUT, "--out", "two-dropout"])

@@ -142,7 +142,7 @@ def test_every_setting_is_a_flag_with_a_help_text():
         assert len(f.metadata["help"]) > 10
         value = {"method": "lora", "task": "math", "dtype": "bfloat16", "fisher": "sampled",
                  "residual": "exact", "freeze": "deep-third", "official": None,
-                 "checkpointing": None, "shard": None}.get(f.name, "1")
+                 "checkpointing": None, "shard": None, "compile": None}.get(f.name, "1")
         argv = ["--model", "tiny", "--" + f.name.replace("_", "-"), *([value] if value else [])]
         assert f.name in S.given(S.training_arguments("", argv))
 
@@ -331,3 +331,14 @@ def test_files_are_as_readable_as_any(tmp_path):
     C.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"a": "b"})
     (tmp_path / "plain").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(S.shutil, "which", lambda name: None)
+    S.check_compiler("cuda")
+    S.check_compiler(None)  # a plan
+    with pytest.raises(S.UserError, match="on a CPU torch"):
+        S.check_compiler("cpu")
+    monkeypatch.setenv("CXX", "c++-9")
+    S.check_compiler("cpu")

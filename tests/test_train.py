@@ -893,6 +893,17 @@ def test_a_kill_while_the_checkpoints_go_leaves_a_finished_run(here, monkeypatch
     assert not Path("cut/checkpoint.tmp").exists()
 
 
+def test_compiling_is_for_training_and_evaluation_and_may_change_on_resume(stopped, monkeypatch):
+    seen = []
+    monkeypatch.setattr(M, "compile_parts", lambda model: seen.append(bool(
+        M.adapted_layers(model))))
+    train.main(["--resume", "cut", "--compile"])
+    E.main(["cut", "--benchmarks", "gsm8k", "--data", "gsm8k=d/test.jsonl", "--limit", "1",
+            "--max-new-tokens", "1", "--compile"])
+    assert seen == [True, False]  # eval.py merges adapters first
+    assert json.loads(Path("cut/results.json").read_text())["compiled"] is True
+
+
 def test_every_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """fsync of the file, the new name, fsync of the folder: in this order, for texts, tensors,
     streamed tensors and copies."""
