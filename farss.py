@@ -186,7 +186,7 @@ def mirror(total: Tensor) -> None:
 
 
 def add_moment(sums: dict[str, Tensor], name: str, rows: Tensor, squares: bool) -> None:
-    """The same, of which the diagonal alone is kept, or the stripes alone, one behind the other;
+    """add_outer, of which the diagonal alone is kept, or the stripes alone, one behind the other;
     uses up `rows`."""
     width = rows.shape[1]
     if squares:
