@@ -14,6 +14,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -28,6 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from checkpoint import UserError
 
 PATIENCE = timedelta(seconds=30)  # for the first process to fail, too, and say why
+LOST = "[Cc]onnection (was )?(closed|reset)"  # what gloo and NCCL say of a process that is gone
 LONGEST_WAIT = timedelta(hours=2)  # for the slowest process; torchrun notices a dead one at once
 
 # ---------------------------------------------------------------------------------- who is who
@@ -82,7 +84,7 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
             check_alike(describe())
             main()
             barrier()
-        except BaseException:
+        except BaseException as error:
             if number == 0:
                 store.set("failed", "")
             said = number > 0 and comes(store, "failed")
@@ -91,6 +93,8 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
             if said:
                 sys.exit(1)
             streams[1].write(held.getvalue())
+            if isinstance(error, RuntimeError) and re.search(LOST, str(error)):
+                raise UserError("another process has ended; see what it said") from None
             raise
         finally:
             sys.stdout, sys.stderr = streams

@@ -376,3 +376,23 @@ def test_an_error_of_all_is_said_once(here):
     done = torchrun(REPO / "train.py", *SMALL, "--batch-size", "1", "--out", "no", cwd=here)
     assert done.returncode and not Path("no").exists()
     assert done.stderr.count("train.py: error: --batch-size 1: less than one") == 1
+
+
+def test_a_process_that_ends_alone_says_why_and_the_others_one_line(here):
+    Path("alone.py").write_text("""
+from datetime import timedelta
+import parallel, settings
+
+def main():
+    if parallel.rank() == 1:
+        raise KeyboardInterrupt("told to")  # as after a signal
+    parallel.barrier()
+
+parallel.PATIENCE = timedelta(seconds=1)
+settings.run_main(parallel.together(main))
+""")
+    done = torchrun("alone.py", cwd=here)
+    assert done.returncode
+    assert done.stderr.count("alone.py: error: interrupted; told to") == 1
+    assert done.stderr.count("alone.py: error: another process has ended") <= 1
+    assert "[rank" not in "".join(x for x in done.stderr.splitlines() if "c10d" not in x)
