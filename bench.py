@@ -26,7 +26,8 @@ OMP_NUM_THREADS=1 they hardly depend on what else the machine does. Needs requir
     evaluation      beside transformers' generate with the same stops, 16 at a time: questions per
                     second of --questions, a file in NQ-Open's format, at most 64 new tokens each
     starts          seconds and memory added until the adapters are attached, on one random block
-                    of Llama-2-7B's shapes (--width and --mlp for smaller ones), R = 128, 16
+                    of Llama-2-7B's shapes (--like for another model's, --width and --mlp for
+                    smaller ones), R = 128, 16
                     sequences of 256 tokens; the block is a deep one, "/ shallow" the other kind;
                     peft's, where it has the method, a sequence at a time
     growth          the same of FARSS on small random models, and the exponent p of what fits best,
@@ -349,8 +350,17 @@ class Size(NamedTuple):
     blocks: int = 1
     sequences: int = 16
     rank: int = 128
+    like: str = "llama2-7b"  # of checkpoint.MODELS: whose heads, family and, by default, widths
+
+    @classmethod
+    def of(cls, like: str, width: int | None, mlp: int | None) -> "Size":
+        config = checkpoint.MODELS[like][1]
+        return cls(width or config.hidden_size, mlp or config.intermediate_size, like=like)
 
     def config(self) -> M.Config:
+        whole = checkpoint.MODELS[self.like][1]
+        if (self.width, self.mlp) == (whole.hidden_size, whole.intermediate_size):
+            return replace(whole, vocab_size=512, num_hidden_layers=self.blocks)
         heads = max(1, self.width // 128)
         return M.Config(512, self.width, self.mlp, self.blocks, heads, heads, self.width // heads)
 
@@ -392,9 +402,9 @@ def start_in_peft(method: str, size: Size) -> dict[str, float]:
     from peft.tuners.lora.corda import preprocess_corda
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **{k: v for k, v in checkpoint.config_json(size.config()).items()
-           if k not in ("architectures", "model_type")})).eval()
+    described = checkpoint.config_json(size.config())
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**described), dtype=torch.float32).eval()
     config = peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=list(LINEARS),
                              **(peft_start(method) or {}))
 
@@ -593,9 +603,12 @@ def main() -> None:
     parser.add_argument("--growth", nargs="*", choices=tuple(GROWTH), metavar="AXIS",
                         help=f"the start of FARSS along {', '.join(GROWTH)}, or some of them")
     parser.add_argument("--plot", type=Path, help="of --growth: a picture, .png or .svg")
-    parser.add_argument("--width", type=int, default=4096, help="of --starts; default %(default)s")
-    parser.add_argument("--mlp", type=int, default=11008, help="of --starts; default %(default)s")
-    parser.add_argument("--start", nargs=7, help=argparse.SUPPRESS)
+    parser.add_argument("--like", choices=tuple(checkpoint.MODELS), default="llama2-7b",
+                        metavar="MODEL", help="of --starts and --decompositions: whose shapes; "
+                        "default %(default)s")
+    parser.add_argument("--width", type=int, help="another width, with Llama's heads")
+    parser.add_argument("--mlp", type=int, help="another width of the MLP")
+    parser.add_argument("--start", nargs=2 + len(Size._fields), help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--grown", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -606,8 +619,8 @@ def main() -> None:
     elif args.grown:
         print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]))}))
     elif args.start:
-        method, side, *numbers = args.start
-        size = Size(*map(int, numbers))
+        method, side, *numbers, like = args.start
+        size = Size._make([*map(int, numbers), like])
         print(json.dumps(start_in_peft(method, size) if side == "peft" else
                          start_here(method, size, side == "shallow")))
     elif args.growth is not None:
@@ -618,12 +631,13 @@ def main() -> None:
         if args.plot:
             draw_growth(found, args.plot)
     elif args.starts or args.decompositions:
+        size = Size.of(args.like, args.width, args.mlp)
         print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, one block of "
-              f"width {args.width}, MLP {args.mlp}")
+              f"width {size.width}, MLP {size.mlp}, like {size.like}")
         if args.decompositions:
-            decompositions(args.width, args.mlp)
+            decompositions(size.width, size.mlp)
         if args.starts:
-            starts(Size(args.width, args.mlp), args.methods)
+            starts(size, args.methods)
     elif args.blocks:
         along_blocks()
     elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):

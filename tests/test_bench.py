@@ -94,7 +94,7 @@ def test_evaluation_wants_questions(more, folder, monkeypatch, capsys):
 def test_growth_is_measured_by_exponents(tmp_path, monkeypatch, capsys):
     """Of a start that costs 3 x² seconds and 5 √x bytes along each axis."""
     def fresh(flag, method, side, *size, **environment):
-        varied = [int(x) / b for x, b in zip(size, bench.BASE, strict=True)]
+        varied = [int(x) / b for x, b in zip(size[:-1], bench.BASE[:-1], strict=True)]
         x = next((v for v in varied if v != 1), 1)
         return {"seconds": 3 * x**2, "bytes": 5e9 * x**0.5}
 
@@ -123,4 +123,20 @@ def test_a_start_is_measured_where_it_is_told(monkeypatch):
     monkeypatch.setattr(bench.train, "initialise", initialise)
     size = bench.Size(128, 352, 3, 5, 7)
     bench.start_here("farss", size)
-    assert seen == size._asdict()
+    assert seen | {"like": "llama2-7b"} == size._asdict()
+
+
+def test_a_start_is_measured_at_a_models_own_shapes():
+    """One block of it, here and in transformers, of which peft's start is measured."""
+    for like in ("gemma2-2b", "llama3.2-1b", "smollm2-135m"):
+        size = bench.Size.of(like, None, None)
+        shapes = {n: tuple(p.shape) for n, p in M.empty(size.config()).named_parameters()}
+        whole = {n: tuple(p.shape) for n, p in M.empty(C.MODELS[like][1]).named_parameters()}
+        assert {n: x for n, x in whole.items() if ".layers.0." in n} == {
+            n: x for n, x in shapes.items() if ".layers." in n}
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.for_model(**C.config_json(size.config())))
+        assert shapes == {n: tuple(p.shape) for n, p in theirs.named_parameters()}
+    other = bench.Size.of("llama2-7b", 256, 688)
+    assert (other.config().hidden_size, other.config().intermediate_size) == (256, 688)
