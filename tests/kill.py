@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -186,6 +187,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # no thread, and a lock of this process's own: tqdm's is shared with
+    tqdm.set_lock(threading.RLock())  # the children, and one that is killed may hold it for good
     draw, hits, runs = random.Random(args.seed), [0] * (len(PHASES) + 1), 0
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=args.kills, disable=None) as bar:
         root = Path(temporary).resolve()
