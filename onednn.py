@@ -101,6 +101,12 @@ class Products(TorchDispatchMode):
     """Within `with`, products of fp32 matrices on the CPU are oneDNN's, backward passes included,
     as this stands below autograd. Everything else goes its way, for some microseconds more."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's: no. Else every call goes through torch.compile's own module, which takes a
+        second and 140 MB to import; compiled layers never get here (model.products)."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         instead = INSTEAD.get(func)
