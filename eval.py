@@ -398,19 +398,19 @@ def greedy_match(evaluator: Evaluator, name: str, asked: list[Question], known: 
         pairs += [(i, answer, data.Example(tokenizer.encode(f"{prompt} {answer}", bos), length))
                   for answer in golds]
     batches = data.batches_by_length(pairs, lambda p: len(p[2].ids), 4 * evaluator.batch_size)
-    for batch in tqdm(batches, desc=name, leave=False, disable=None):
-        inputs = data.collate([p[2] for p in batch], M.embedding(model).device)
-        with M.products(model):
+    with M.products(model):
+        for batch in tqdm(batches, desc=name, leave=False, disable=None):
+            inputs = data.collate([p[2] for p in batch], M.embedding(model).device)
             hidden, target = model.labelled(inputs["input_ids"], inputs["labels"])
             hit = (model.logits(hidden).argmax(-1) == target).tolist()
-        for i, answer, example in batch:
-            n = len(example.ids) - example.prompt_length
-            here, hit = hit[:n], hit[n:]
-            if all(here):
-                said[i]["matched"].append(answer)
-            left[i] -= 1
-            if not left[i]:
-                finished(i, said[i])
+            for i, answer, example in batch:
+                n = len(example.ids) - example.prompt_length
+                here, hit = hit[:n], hit[n:]
+                if all(here):
+                    said[i]["matched"].append(answer)
+                left[i] -= 1
+                if not left[i]:
+                    finished(i, said[i])
     return said
 
 

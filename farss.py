@@ -165,8 +165,13 @@ def add_outer(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
     width = rows.shape[1]
     if name not in sums:
         sums[name] = rows.new_zeros(width, width)
-    for i, j in stripes(width):
-        sums[name][i:j, :j].addmm_(rows[:, i:j].T, rows[:, :j])
+    add_to_stripes([sums[name][i:j, :j] for i, j in stripes(width)], rows)
+
+
+def add_to_stripes(total: list[Tensor], rows: Tensor) -> None:
+    """The products themselves; stripe (j - i, j) of rows i to j - 1."""
+    for stripe, (i, j) in zip(total, stripes(rows.shape[1]), strict=True):
+        stripe.addmm_(rows[:, i:j].T, rows[:, :j])
 
 
 def stripes(width: int) -> list[tuple[int, int]]:
@@ -194,8 +199,7 @@ def add_moment(sums: dict[str, Tensor], name: str, rows: Tensor, squares: bool) 
         return
     if name not in sums:
         sums[name] = rows.new_zeros(size_of_stripes(width))
-    for stripe, (i, j) in zip(as_stripes(sums[name], width), stripes(width), strict=True):
-        stripe.addmm_(rows[:, i:j].T, rows[:, :j])
+    add_to_stripes(as_stripes(sums[name], width), rows)
 
 
 def as_stripes(total: Tensor, width: int) -> list[Tensor]:

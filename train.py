@@ -322,13 +322,13 @@ def train_step(model: M.Model, batch: list[data.Example], s: Settings,
              for i in range(0, len(mine), s.micro_batch)]
     targets = sum(e.targets for e in batch)
     total = 0.0
-    for part in parts:
-        with M.products(model):
+    with M.products(model):
+        for part in parts:
             with torch.autocast(torch.device(s.device).type, torch.bfloat16,
                                 enabled=plan.is_mixed(s)):
                 loss = model.loss(**part)[0] / targets
             loss.backward()
-        total += loss.item()
+            total += loss.item()
     parallel.sum_gradients(trained)
     total = parallel.added(total)
     if s.how.penalty:  # the same in every process, and once in the sum
