@@ -72,6 +72,7 @@ from settings import (
     write_run,
 )
 
+FUSED = ("cuda",)  # where AdamW is one kernel: on a CPU it gains nothing
 Initial = dict[str, tuple[Tensor, Tensor]]  # layer: A0, B0, taken out of W
 Starts = dict[str, M.Start]
 Scores = dict[str, float | None]  # of benchmarks, %
@@ -297,7 +298,8 @@ def load_checkpoint(path: Path, trained: dict[str, nn.Parameter],
         for name, p in trained.items():
             p.copy_(parallel.part(tensors[f"p/{name}"], p))
             if f"exp_avg/{name}" in tensors:
-                optimizer.state[p] = {"step": torch.tensor(float(step))} | {
+                at = p.device if optimizer.defaults["fused"] else "cpu"
+                optimizer.state[p] = {"step": torch.tensor(float(step), device=at)} | {
                     k: parallel.part(tensors[f"{k}/{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors and torch.cuda.is_available():
@@ -370,7 +372,8 @@ def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
     """
     examples = chosen.examples
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=s.lr, weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(trained.values(), lr=s.lr, weight_decay=s.weight_decay,
+                                  fused=torch.device(s.device).type in FUSED or None)
     per_epoch = math.ceil(len(examples) / s.batch_size)
     steps = s.steps or s.epochs * per_epoch
     model.body.gradient_checkpointing = s.checkpointing

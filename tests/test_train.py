@@ -479,10 +479,16 @@ def interrupt_at(monkeypatch, step, act):
     monkeypatch.setattr(train, "train_step", counted)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, fused", [*((name, False) for name in METHODS), ("farss", True),
+                                           ("full", True)])
 @pytest.mark.parametrize("killed_in_step", [1, 3, 5])
-def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, method,
+def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, method, fused,
                                                           killed_in_step):
+    """Also with AdamW as it is on a GPU, which keeps its step there."""
+    made, adamw = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **how: (
+        made.append(adamw(*args, **how)), made[-1])[1])
+    monkeypatch.setattr(train, "FUSED", ("cuda", "cpu") if fused else ("cuda",))
     argv = [*SMALL, "--method", method, "--save-every", "2", "--examples", "10", "--dropout",
             "0.1"]
     train.main([*argv, "--out", "whole"])
@@ -506,6 +512,7 @@ def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, met
     losses = [[json.loads(line)["loss"] for line in (here / d / "log.jsonl").open()]
               for d in ("cut", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert {bool(optimizer.defaults["fused"]) for optimizer in made} == {fused}
     assert not (here / "cut/checkpoint").exists()
 
 
