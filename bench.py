@@ -27,9 +27,9 @@ OMP_NUM_THREADS=1 they hardly depend on what else the machine does. Needs requir
                     second of --questions, a file in NQ-Open's format, at most 64 new tokens each
     starts          seconds and memory added until the adapters are attached, on one random block
                     of Llama-2-7B's shapes (--like for another model's, --width and --mlp for
-                    smaller ones), R = 128, 16
-                    sequences of 256 tokens; the block is a deep one, "/ shallow" the other kind;
-                    peft's, where it has the method, a sequence at a time
+                    smaller ones), R = 128, 16 sequences of 256 tokens (--sequences), fp32
+                    (--dtype); the block is a deep one, "/ shallow" the other kind; peft's, where
+                    it has the method, a sequence at a time
     growth          the same of FARSS on small random models, and the exponent p of what fits best,
                     seconds = c x^p and GB = c x^p
     decompositions  seconds of torch's SVD, of farss.svd and of the fp64 eigendecomposition of the
@@ -68,7 +68,7 @@ import model as M
 import plan
 import train
 from baselines import METHODS
-from settings import Settings, provenance
+from settings import DTYPES, Settings, provenance
 
 LINEARS = M.DECODER_TARGETS["seven"]
 BUDGET = farss.Budget(shallow=7, R=32, r_avg=12, r_min=1, r_max=16)
@@ -351,11 +351,13 @@ class Size(NamedTuple):
     sequences: int = 16
     rank: int = 128
     like: str = "llama2-7b"  # of checkpoint.MODELS: whose heads, family and, by default, widths
+    dtype: str = "float32"  # of the weights
 
     @classmethod
-    def of(cls, like: str, width: int | None, mlp: int | None) -> "Size":
+    def of(cls, like: str, width: int | None, mlp: int | None, **others: Any) -> "Size":
         config = checkpoint.MODELS[like][1]
-        return cls(width or config.hidden_size, mlp or config.intermediate_size, like=like)
+        return cls(width or config.hidden_size, mlp or config.intermediate_size, like=like,
+                   **others)
 
     def config(self) -> M.Config:
         whole = checkpoint.MODELS[self.like][1]
@@ -373,9 +375,9 @@ class Size(NamedTuple):
 def start_here(method: str, size: Size, shallow: bool = False) -> dict[str, float]:
     """Seconds and bytes that a method's start takes."""
     torch.manual_seed(0)
-    model = M.CausalLM(size.config()).eval()
+    model = M.CausalLM(size.config()).to(DTYPES[size.dtype]).eval()
     s = Settings(model="random blocks", method=method, shallow=int(shallow), rank=size.rank,
-                 alpha=float(size.rank), device="cpu", dtype="float32",
+                 alpha=float(size.rank), device="cpu", dtype=size.dtype,
                  calibration_examples=size.sequences)
     before, began = plan.memory_used("cpu"), time.perf_counter()
     train.initialise(model, s, size.examples())
@@ -404,7 +406,7 @@ def start_in_peft(method: str, size: Size) -> dict[str, float]:
     torch.manual_seed(0)
     described = checkpoint.config_json(size.config())
     model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**described), dtype=torch.float32).eval()
+        transformers.AutoConfig.for_model(**described), dtype=DTYPES[size.dtype]).eval()
     config = peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=list(LINEARS),
                              **(peft_start(method) or {}))
 
@@ -421,20 +423,23 @@ def start_in_peft(method: str, size: Size) -> dict[str, float]:
 
 
 def start(method: str, side: str, size: Size, **environment: str) -> dict[str, float]:
-    return fresh("--start", method, side, *map(str, size), **environment)
+    return fresh("--start", method, side, json.dumps(size._asdict()), **environment)
 
 
-def starts(size: Size, methods: list[str]) -> None:
+def starts(size: Size, methods: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Prints and returns {method: {here, peft: {seconds, bytes}}}."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
     print(f"{'method':16}{'seconds':>9}{'GB added':>10}{'peft: seconds':>15}{'GB added':>10}")
     for method in methods:
         kinds = {method: "here", f"{method} / shallow": "shallow"}
         for name, side in list(kinds.items())[: 1 + METHODS[method].adaptive]:
-            here = start(method, side, size)
+            found[name] = {"here": (here := start(method, side, size))}
             line = f"{name:16}{here['seconds']:>9.1f}{here['bytes'] / 1e9:>10.2f}"
             if peft_start(method) is not None:
-                there = start(method, "peft", size)
+                found[name]["peft"] = there = start(method, "peft", size)
                 line += f"{there['seconds']:>15.1f}{there['bytes'] / 1e9:>10.2f}"
             print(line, flush=True)
+    return found
 
 
 BASE = Size(1024, 2816, 1, 16, 64)
@@ -608,7 +613,11 @@ def main() -> None:
                         "default %(default)s")
     parser.add_argument("--width", type=int, help="another width, with Llama's heads")
     parser.add_argument("--mlp", type=int, help="another width of the MLP")
-    parser.add_argument("--start", nargs=2 + len(Size._fields), help=argparse.SUPPRESS)
+    parser.add_argument("--sequences", type=int, default=Size().sequences,
+                        help="of --starts: of 256 tokens each; default %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=Size().dtype,
+                        help="of --starts: of the weights; default %(default)s")
+    parser.add_argument("--start", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--grown", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -619,25 +628,29 @@ def main() -> None:
     elif args.grown:
         print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]))}))
     elif args.start:
-        method, side, *numbers, like = args.start
-        size = Size._make([*map(int, numbers), like])
+        method, side, described = args.start
+        size = Size(**json.loads(described))
         print(json.dumps(start_in_peft(method, size) if side == "peft" else
                          start_here(method, size, side == "shallow")))
     elif args.growth is not None:
         print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, at {BASE}")
-        found = growth(args.growth or list(GROWTH))
+        grew = growth(args.growth or list(GROWTH))
         if args.json:
-            checkpoint.save_json(args.json, machine() | {"base": BASE._asdict(), "growth": found})
+            checkpoint.save_json(args.json, machine() | {"base": BASE._asdict(), "growth": grew})
         if args.plot:
-            draw_growth(found, args.plot)
+            draw_growth(grew, args.plot)
     elif args.starts or args.decompositions:
-        size = Size.of(args.like, args.width, args.mlp)
-        print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, one block of "
-              f"width {size.width}, MLP {size.mlp}, like {size.like}")
+        size = Size.of(args.like, args.width, args.mlp, sequences=args.sequences, dtype=args.dtype)
+        print(f"{size.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, one "
+              f"block of width {size.width}, MLP {size.mlp}, like {size.like}, {size.sequences} "
+              "sequences")
         if args.decompositions:
             decompositions(size.width, size.mlp)
         if args.starts:
-            starts(size, args.methods)
+            found = starts(size, args.methods)
+            if args.json:
+                checkpoint.save_json(args.json, machine() | {
+                    "dtype": size.dtype, "size": size._asdict(), "starts": found})
     elif args.blocks:
         along_blocks()
     elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):

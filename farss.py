@@ -67,10 +67,13 @@ class Along(NamedTuple):
     Either way s_i = F_ii B_ii (Eq. 15) and I = Tr(F B) / mn (Eq. 8): nothing is wider than k. The
     W h or Wᵀ δ of the model's own pass serves, unless it is rounded to fewer bits than fp32, in
     which the lowest directions would drown; then W X stands in (look_along).
+
+    None in place of both matrices: the moments are summed in the basis in which they come, (k, k),
+    and `measure` turns them into X's once, at the end.
     """
 
-    forward: Tensor  # what h, or W h at the output, is multiplied by from the right
-    backward: Tensor  # what δ, or Wᵀ δ at the input, is
+    forward: Tensor | None  # what h, or W h at the output, is multiplied by from the right
+    backward: Tensor | None  # what δ, or Wᵀ δ at the input, is
     at: str  # input: h and Wᵀ δ; output: W h and δ; both: h and δ
     squares: bool  # only the diagonals of F and B are wanted
 
@@ -86,7 +89,7 @@ class FactorSums:
     along: dict[str, Along] = field(default_factory=dict)
     forward: dict[str, Tensor] = field(default_factory=dict)  # Σ_t h hᵀ (n, n) or F, by owner
     backward: dict[str, Tensor] = field(default_factory=dict)  # Σ_t δ δᵀ (m, m) or B, by layer;
-    # F and B are their diagonals, or add_moment's stripes
+    # F and B are their diagonals, or add_moment's stripes, or whole where they are not in X's basis
     norm: dict[str, Tensor] = field(default_factory=dict)  # Σ ‖h‖², by owner
     first: dict[str, Tensor] = field(default_factory=dict)  # the same of first tokens
     owner: dict[str, str] = field(default_factory=dict)
@@ -102,31 +105,34 @@ class FactorSums:
     def add_input(self, name: str, h: Tensor, Wh: Tensor | None = None) -> None:
         """Eq. 18: h (b, t, n), what the layer multiplies by W; Wh (b, t, m) of those in `along`
         that are looked at there."""
-        if name not in self.along and self.seen is not None and self.seen[0] is h:
+        X = self.along[name].forward if name in self.along else None
+        shares = X is None and Wh is None  # the sum of h itself
+        if shares and self.seen is not None and self.seen[0].is_set_to(h):
             self.owner[name] = self.seen[1]
             return
         self.owner[name] = name
-        real = at_least_fp32(h.detach()[self.mask])  # (tokens, n)
+        if shares:
+            self.seen = h, name
+        h = h.detach()
+        real = at_least_fp32(h[self.mask])  # (tokens, n)
         start = self.mask.int().argmax(dim=1)  # first real token of each sequence
-        first = h.detach()[torch.arange(len(h), device=h.device), start]
+        first = h[torch.arange(len(h), device=h.device), start]
         self.first[name] = self.first.get(name, 0) + at_least_fp32(first).pow(2).sum()
         self.norm[name] = self.norm.get(name, 0) + real.flatten().dot(real.flatten())
-        if name in self.along:
-            rows = real if Wh is None else at_least_fp32(Wh.detach()[self.mask])
-            add_moment(self.forward, name, rows @ self.along[name].forward,
-                       self.along[name].squares)
+        rows = (h if Wh is None else Wh.detach())[self.mask]
+        if X is None:
+            add_outer(self.forward, name, rows)
         else:
-            self.seen = h, name
-            add_outer(self.forward, name, real)
+            add_moment(self.forward, name, at_least_fp32(rows) @ X, self.along[name].squares)
 
     def add_gradient(self, name: str, delta: Tensor) -> None:
         """Eq. 19: δ = ∂L/∂y (b, t, m), the gradient at the layer's output; or Wᵀ δ (b, t, n)."""
-        real = at_least_fp32(delta[self.mask])  # (tokens, m)
-        if name in self.along:
-            add_moment(self.backward, name, real @ self.along[name].backward,
-                       self.along[name].squares)
+        rows = delta[self.mask]  # (tokens, m)
+        X = self.along[name].backward if name in self.along else None
+        if X is None:
+            add_outer(self.backward, name, rows)
         else:
-            add_outer(self.backward, name, real)
+            add_moment(self.backward, name, at_least_fp32(rows) @ X, self.along[name].squares)
 
     def reduce(self, total: Reduce) -> None:
         """Make each sum that over all processes, each of which has seen other batches."""
@@ -160,12 +166,33 @@ def add_outer(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
     """sums[name] += Σ_t x_t x_tᵀ for rows (tokens, width), right of its diagonal not yet: mirror.
 
     In stripes of STRIPE rows that end at the diagonal, as the sum is symmetric; in wide layers
-    nearly half of the products are saved.
+    nearly half of the products are saved. The sum is fp32 where rows are of fewer bits; these are
+    multiplied as fast as the device can multiply bf16.
     """
-    width = rows.shape[1]
+    width, wide = rows.shape[1], at_least_fp32(rows)
     if name not in sums:
-        sums[name] = rows.new_zeros(width, width)
-    add_to_stripes([sums[name][i:j, :j] for i, j in stripes(width)], rows)
+        sums[name] = wide.new_zeros(width, width)
+    with short_factors(rows.dtype):
+        add_to_stripes([sums[name][i:j, :j] for i, j in stripes(width)], wide)
+
+
+@contextmanager
+def short_factors(dtype: torch.dtype) -> Iterator[None]:
+    """Within, fp32 products may go through units that read bf16 or TF32 and sum in fp32 (tensor
+    cores, AMX) if the numbers were bf16 before: these lose nothing there."""
+    if dtype != torch.bfloat16:
+        yield
+        return
+    units: list[Any] = [torch.backends.cuda.matmul,
+                        torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [unit.fp32_precision for unit in units]
+    try:
+        for unit, precision in zip(units, ("tf32", "bf16"), strict=True):
+            unit.fp32_precision = precision
+        yield
+    finally:
+        for unit, precision in zip(units, before, strict=True):
+            unit.fp32_precision = precision
 
 
 def add_to_stripes(total: list[Tensor], rows: Tensor) -> None:
@@ -711,13 +738,28 @@ def one_by_one(make: Callable[[Tensor], Directions], weights: list[Tensor]) -> l
     return [make(W) for W in weights]
 
 
-def look_along(W: Tensor, X: Tensor, squares: bool) -> Along:
-    """How to look at the tokens of a layer W along the directions X of its smaller side."""
+def look_along(W: Tensor, X: Tensor, squares: bool, summed: bool = False) -> Along:
+    """How to look at the tokens of a layer W along the directions X of its smaller side, or
+    `summed` first (sums_first)."""
     tall = W.shape[0] >= W.shape[1]
+    at = "input" if tall else "output"
+    if summed:
+        return Along(None, None, at, squares)
     if W.dtype in (torch.float32, torch.float64):
-        return Along(X, X, "input" if tall else "output", squares)
+        return Along(X, X, at, squares)
     W = at_least_fp32(W)
     return Along(X, W @ X, "both", squares) if tall else Along(W.T @ X, X, "both", squares)
+
+
+def sums_first(budget: Budget, name: str, k: int, tokens: int) -> bool:
+    """Whether the moments G (k, k) of a layer's tokens are summed and then seen along X (k, k), as
+    Xᵀ G X: k²/2 products a token in stripes and k³ at the end, not the k² of each token along X.
+
+    Of a deep layer alone, as it takes its highest directions, which no rounding drowns: not that of
+    G, nor that of the model's own W h and Wᵀ δ.
+    """
+    highest = not (budget.is_shallow(name) or budget.lowest(name))
+    return highest and tokens * size_of_stripes(k) + k**3 < tokens * k**2
 
 
 @torch.no_grad()
@@ -728,20 +770,23 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
     """First step: every layer's scored directions and, of a shallow one, its importance.
 
     Each layer is decomposed before its block runs, and the tokens are seen along its directions;
-    of a deep layer only squares are summed, as its rank does not depend on I. A shallow layer's
-    depends on the I of all shallow layers, known only after the last of them. Until then a layer
-    keeps as many candidates as its rank can possibly need, from the end that its depth decides. The
-    model stays as it is. Candidates are on the CPU, in fp32 (fp64 for an fp64 model). Raises
-    ValueError for weights, activations or gradients that are not finite and for a layer that has
-    an adapter already. `keep_on`, `progress` (which wraps loops as tqdm does) and `reduce` are
-    those of `sweep`; `each` has the layers of a block decomposed, by several processes where there
-    are some.
+    of a deep layer only squares are summed, as its rank does not depend on I, and of many tokens
+    the moments are seen along them (sums_first). A shallow layer's rank depends on the I of all
+    shallow layers, known only after the last of them. Until then a layer keeps as many candidates
+    as its rank can possibly need, from the end that its depth decides. The model stays as it is.
+    Candidates are on the CPU, in fp32 (fp64 for an fp64 model). Raises ValueError for weights,
+    activations or gradients that are not finite and for a layer that has an adapter already.
+    `keep_on`, `progress` (which wraps loops as tqdm does) and `reduce` are those of `sweep`; `each`
+    has the layers of a block decomposed, by several processes where there are some.
     """
     for name in names:
         if not isinstance(model.get_submodule(name), nn.Linear):
             raise ValueError(f"{name} is no plain nn.Linear: it has an adapter; merge() it first")
     found: dict[str, Measurement] = {}
     decomposed: dict[str, Directions] = {}  # layers of the present block
+    tokens = int(reduce(torch.tensor(sum(int(b["attention_mask"].sum()) for b in batches))))
+    summed = {n for n in names
+              if sums_first(budget, n, min(model.get_submodule(n).weight.shape), tokens)}
 
     def along(block: list[str]) -> dict[str, Along]:
         weights = {name: model.get_submodule(name).weight for name in block}
@@ -749,8 +794,8 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
             if not W.isfinite().all():
                 raise ValueError(f"the weight of {name} is not finite")
         decomposed.update(zip(block, each(Directions.of, list(weights.values())), strict=True))
-        return {name: look_along(W, decomposed[name].X, not budget.is_shallow(name))
-                for name, W in weights.items()}
+        return {name: look_along(W, decomposed[name].X, not budget.is_shallow(name),
+                                 name in summed) for name, W in weights.items()}
 
     for moments, share in sweep(model, batches, names, loss, keep_on, progress, along, reduce):
         for name in list(moments):
@@ -759,6 +804,9 @@ def measure(model: Any, batches: list[Batch], names: list[str], budget: Budget,
             if budget.is_shallow(name):
                 trace, F, B = trace_and_diagonals(F, B, min(W.shape))
                 importance = trace / W.numel()
+            elif name in summed:
+                X = decomposed[name].X
+                F, B = lam_gam(X, X.T, F, B)
             found[name] = candidates(name, W, decomposed.pop(name), F.double() * B.double(),
                                      budget, share[name], importance)
     return {name: found[name] for name in names}

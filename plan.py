@@ -90,6 +90,7 @@ class Plan:
     training: dict[str, float]
     initialisation: dict[str, float]  # empty where a method needs no factors
     kept_apart: float  # block inputs of the initialisation that go to CPU memory
+    summed_first: list[str]  # kinds of deep layers whose tokens are (farss.sums_first)
     memory: float  # that the device has
 
     @property
@@ -124,12 +125,14 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     initial = initialisation_memory(s, config, parameters) if s.how.needs != "nothing" else {}
     kept_here = leaves_room(initial, memory) or s.device == "cpu"
     kept_apart = 0.0 if kept_here else initial["kept inputs"]
+    first = summed_first(s, block_shapes(s, config)) if s.how.needs == "fisher" else []
     return Plan(
         config.num_hidden_layers, parameters, trainable, bounds,
         s.rank * sum(m + n for m, n in shapes.values()), head, layer_groups(s, shapes), examples,
         steps, warmup_steps(steps, s.warmup), micro_batch, checkpointing,
         training_memory(s, config, parameters, most, micro_batch, checkpointing),
-        initial | ({"kept inputs": 0.0} if kept_apart else {}), kept_apart, memory)
+        initial | ({"kept inputs": 0.0} if kept_apart else {}), kept_apart,
+        [leaf_name(name) for name in first], memory)
 
 
 def warmup_steps(steps: int, warmup: float) -> int:
@@ -248,23 +251,50 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
     shapes = block_shapes(s, config)
     inputs = {READS.get(leaf_name(n), n): shape[1] for n, shape in shapes.items()}
     numbers = sum(n * n for n in inputs.values())
-    tokens = s.calibration_examples * s.max_length
+    tokens = calibration_tokens(s)
     if s.how.needs == "covariance":
         return {"weights": element_size(s) * parameters, "covariances of a block": 4 * numbers,
                 "kept inputs": kept_inputs(s, config, tokens) // config.num_hidden_layers}
-    held = 4 * sum(directions(s, m, n) for m, n in shapes.values())
-    moments = 4 * sum(2 * farss.size_of_stripes(min(m, n)) for m, n in shapes.values())
+    depths = {i < s.budget.shallow for i in range(config.num_hidden_layers)}
+    sums = max((block_sums(s, shapes, shallow) for shallow in depths),
+               key=lambda parts: sum(parts.values()))
     batch = calibration_batch(s.max_length) * s.max_length
     logits = 0 if FAMILIES[config.model_type].encoder else (
         12 * min(CHUNK, batch * config.vocab_size))
     # A gradient and its real tokens in fp32; when the logits are there, none of them is.
     widest = batch * max(map(max, shapes.values())) * (element_size(s) + 4)
     return {"weights": element_size(s) * parameters,
-            "directions of a block": held,
-            "moments of a block": moments if s.budget.shallow else 0,
+            **sums,
             "activations of a block": batch * block_activations(s, config, False) + max(
                 widest, logits),
             "kept inputs": kept_inputs(s, config, tokens)}
+
+
+def calibration_tokens(s: Settings) -> int:
+    """Of all examples, the most that they can have."""
+    return s.calibration_examples * s.max_length
+
+
+def summed_first(s: Settings, shapes: Shapes) -> list[str]:
+    """Those of a block's layers, were it a deep one, whose tokens are (farss.sums_first)."""
+    deep = replace(s.budget, shallow=0)
+    return [name for name, shape in shapes.items()
+            if farss.sums_first(deep, name, min(shape), calibration_tokens(s))]
+
+
+def block_sums(s: Settings, shapes: Shapes, shallow: bool) -> dict[str, float]:
+    """Bytes of what farss.measure holds of a shallow or a deep block's layers."""
+    first = [] if shallow else summed_first(s, shapes)
+    moments = {}  # numbers, by what they are of; layers that read the same share those of it
+    for name, (m, n) in shapes.items():
+        reads = READS.get(leaf_name(name), name) if m >= n else name
+        if shallow:
+            moments[name, "forward"] = moments[name, "backward"] = farss.size_of_stripes(min(m, n))
+        elif name in first:
+            moments[reads, "forward"] = moments[name, "backward"] = min(m, n) ** 2
+    return {"directions of a block": 4 * sum(
+                directions(s, m, n, name in first) for name, (m, n) in shapes.items()),
+            "moments of a block": 4 * sum(moments.values())}
 
 
 def calibration_batch(longest: int) -> int:
@@ -272,12 +302,12 @@ def calibration_batch(longest: int) -> int:
     return max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // longest))
 
 
-def directions(s: Settings, m: int, n: int) -> int:
+def directions(s: Settings, m: int, n: int, summed: bool) -> int:
     """Numbers that farss.Directions and farss.Along hold of a layer: the smaller side, of a small
     one the other, too, and W times it where the model's own products are rounded to less than
-    fp32."""
+    fp32, unless tokens are summed first."""
     k = min(m, n)
-    return k * k + k * max(m, n) * ((k < farss.SMALL) + (element_size(s) < 4))
+    return k * k + k * max(m, n) * ((k < farss.SMALL) + (element_size(s) < 4 and not summed))
 
 
 def kept_inputs(s: Settings, config: Config, tokens: int) -> int:
@@ -421,6 +451,9 @@ def show(s: Settings, plan: Plan, known: str) -> None:
         print(f"              initialisation {by_part(plan.initialisation)}"
               + (f"; kept inputs, {plan.kept_apart / 1e9:.1f} GB, in CPU memory"
                  if plan.kept_apart else ""))
+    if plan.summed_first:
+        print(f"              deep {', '.join(plan.summed_first)}: tokens summed first, then seen "
+              "along the directions, which takes fewer products")
     if not plan.fits:
         print("              THIS DOES NOT FIT"
               + (": AdamW needs 16 bytes for every weight" if s.how.trains == "weights" else

@@ -93,9 +93,10 @@ def test_evaluation_wants_questions(more, folder, monkeypatch, capsys):
 
 def test_growth_is_measured_by_exponents(tmp_path, monkeypatch, capsys):
     """Of a start that costs 3 x² seconds and 5 √x bytes along each axis."""
-    def fresh(flag, method, side, *size, **environment):
-        varied = [int(x) / b for x, b in zip(size[:-1], bench.BASE[:-1], strict=True)]
-        x = next((v for v in varied if v != 1), 1)
+    def fresh(flag, method, side, size, **environment):
+        varied = [x / b for x, b in zip(json.loads(size).values(), bench.BASE, strict=True)
+                  if x != b]
+        x = next(iter(varied), 1)
         return {"seconds": 3 * x**2, "bytes": 5e9 * x**0.5}
 
     monkeypatch.setattr(bench, "fresh", fresh)
@@ -118,10 +119,12 @@ def test_a_start_is_measured_where_it_is_told(monkeypatch):
 
     def initialise(model, s, examples):
         seen.update(blocks=len(model.blocks), width=model.config.hidden_size,
-                    mlp=model.config.intermediate_size, sequences=len(examples), rank=s.rank)
+                    mlp=model.config.intermediate_size, sequences=len(examples), rank=s.rank,
+                    dtype=s.dtype)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
     monkeypatch.setattr(bench.train, "initialise", initialise)
-    size = bench.Size(128, 352, 3, 5, 7)
+    size = bench.Size(128, 352, 3, 5, 7, dtype="bfloat16")
     bench.start_here("farss", size)
     assert seen | {"like": "llama2-7b"} == size._asdict()
 

@@ -333,13 +333,13 @@ def test_sweep_gives_the_factors_of_the_whole_model(setting, targets):
         assert share == pytest.approx(sums.first_token_share())
 
 
-@pytest.mark.parametrize("rounded", [False, True], ids=["own pass", "W X"])
+@pytest.mark.parametrize("way", ["own pass", "W X", "summed first"])
 @pytest.mark.parametrize("setting", [{}, dict(attention_bias=True), MISTRAL, GEMMA2],
                          ids=["plain", "biases", "mistral", "gemma2"])
-def test_sweep_along_directions_gives_the_factors_seen_from_there(setting, rounded, monkeypatch):
+def test_sweep_along_directions_gives_the_factors_seen_from_there(setting, way, monkeypatch):
     """F and B against Σ_h, Σ_δ and W multiplied out; of every second layer, so that q, k, v and
     gate, up have one of each kind between them, and by turns F and B in stripes or their
-    diagonals."""
+    diagonals; summed first, they are whole, and in the basis of W's smaller side."""
     monkeypatch.setattr(farss, "STRIPE", 10)
     model = llama64(num_hidden_layers=3, intermediate_size=12, **setting)  # gate lies, down stands
     names = M.linear_names(model, SEVEN)
@@ -350,8 +350,8 @@ def test_sweep_along_directions_gives_the_factors_seen_from_there(setting, round
     def along(block):
         asked.extend(block)
         return {name: farss.look_along(
-            WithDtype(weights[name], torch.bfloat16) if rounded else weights[name], chosen[name],
-            squares(name)) for name in block if name in chosen}
+            WithDtype(weights[name], torch.bfloat16) if way == "W X" else weights[name],
+            chosen[name], squares(name), way == "summed first") for name in block if name in chosen}
 
     def squares(name):
         return list(chosen).index(name) % 2 == 1
@@ -364,13 +364,76 @@ def test_sweep_along_directions_gives_the_factors_seen_from_there(setting, round
         if name in chosen:
             W, X = weights[name], chosen[name]
             m, n = W.shape
+            if way == "summed first":
+                X = torch.eye(len(X), dtype=X.dtype)
             across = W @ X if m >= n else W.T @ X
             expected = ((X.T @ Sigma_h @ X, across.T @ Sigma_delta @ across) if m >= n else
                         (across.T @ Sigma_h @ across, X.T @ Sigma_delta @ X))
-            expected = [x.diagonal() if squares(name) else torch.cat(
-                [x[i:j, :j].flatten() for i, j in farss.stripes(len(x))]) for x in expected]
+            if way != "summed first":
+                expected = [x.diagonal() if squares(name) else torch.cat(
+                    [x[i:j, :j].flatten() for i, j in farss.stripes(len(x))]) for x in expected]
         for mine, theirs in zip(found[name], expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-14)
+
+
+def test_layers_that_read_the_same_share_what_is_summed_first():
+    """q, k and v one sum, as in kfac_factors; of down, that lies, W h is its own."""
+    model = llama64(num_key_value_heads=4)
+    names = [n for n in M.linear_names(model, SEVEN) if farss.block_index(n) == 1]
+    along = {n: farss.look_along(model.get_submodule(n).weight, torch.zeros(0), True, summed=True)
+             for n in names}
+    with farss.kfac_hooks(model, names, along) as sums:
+        farss.collect(sums, model, two_batches())
+        assert [n.rpartition(".")[2] for n in sums.forward] == [
+            "q_proj", "o_proj", "gate_proj", "down_proj"]
+        assert len(sums.backward) == len(sums.factors()) == 7
+
+
+@pytest.mark.parametrize("k, tokens, cheaper", [
+    (4096, 10_922, False), (4096, 10_923, True), (2048, 8192, False), (2048, 8193, True),
+    (1024, 10**9, False)])
+def test_tokens_are_summed_first_where_that_takes_fewer_products(k, tokens, cheaper):
+    """10,922 2/3 = 4096³ / (4096² - 2560 · 4096); up to a width of 1024 there is one stripe."""
+    name = "model.layers.1.mlp.up_proj"
+    for end in farss.ENDS:
+        deep, shallow = (farss.Budget(blocks, 128, 4, 4, 4, end) for blocks in (1, 2))
+        assert farss.sums_first(deep, name, k, tokens) is (cheaper and end != "low")
+        assert not farss.sums_first(shallow, name, k, tokens)
+
+
+def test_tokens_of_all_processes_decide_what_is_summed_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(farss, "sums_first", lambda *args: seen.append(args[3]))
+    model = llama64(num_hidden_layers=1)
+    farss.measure(model, two_batches(), M.linear_names(model, SEVEN), farss.Budget(0, 2, 1, 1, 1),
+                  reduce=lambda x: 3 * x)
+    real = sum(int(batch["attention_mask"].sum()) for batch in two_batches())
+    assert set(seen) == {3 * real}
+
+
+def test_products_of_bf16_are_as_short_as_they_may_be(monkeypatch):
+    """The settings while they run, those after, and what comes out beside fp64; where the CPU has
+    no units for bf16 the settings change nothing."""
+    inner, seen = farss.add_to_stripes, []
+
+    def settings():
+        return (torch.backends.cuda.matmul.fp32_precision,
+                torch.backends.mkldnn.matmul.fp32_precision)
+
+    monkeypatch.setattr(farss, "add_to_stripes",
+                        lambda *args: (seen.append(settings()), inner(*args)))
+    before = settings()
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        rows, sums = torch.randn(300, 70).to(dtype), {}
+        farss.add_outer(sums, "x", rows)
+        assert sums["x"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(sums["x"].double(), rows.double().T @ rows.double(), rtol=1e-5,
+                                   atol=1e-4)
+    assert seen == [("tf32", "bf16"), before, before] and settings() == before
+    monkeypatch.setattr(farss, "add_to_stripes", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        farss.add_outer({}, "x", torch.ones(1, 1, dtype=torch.bfloat16))
+    assert settings() == before
 
 
 class WithDtype(NamedTuple):
@@ -390,7 +453,8 @@ class WithDtype(NamedTuple):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("small, stripe", [(1, farss.STRIPE), (farss.SMALL, 20)],
                          ids=["one side", "both sides, in stripes"])
-def test_measure_is_eq8_and_13_to_15_of_the_factors(monkeypatch, dtype, small, stripe):
+@pytest.mark.parametrize("first", [False, True], ids=["by token", "summed first"])
+def test_measure_is_eq8_and_13_to_15_of_the_factors(monkeypatch, dtype, small, stripe, first):
     """Importance, scores and the candidates' U Σ Vᵀ against measure_layer on kfac_factors."""
     model = llama64(num_hidden_layers=3).to(dtype)
     names, batches = M.linear_names(model, SEVEN), two_batches()
@@ -400,7 +464,11 @@ def test_measure_is_eq8_and_13_to_15_of_the_factors(monkeypatch, dtype, small, s
                                     0.0) for n in names}
     monkeypatch.setattr(farss, "SMALL", small)
     monkeypatch.setattr(farss, "STRIPE", stripe)
+    monkeypatch.setattr(farss, "sums_first", lambda budget, name, *_: first and
+                        not budget.is_shallow(name))
     tolerance = 1e-8 if dtype == torch.float64 else 2e-3
+    if first and dtype == torch.bfloat16:  # the rounding of the model's own W h and Wᵀ δ
+        tolerance = 5e-2
     for name, mine in farss.measure(model, batches, names, budget).items():
         theirs = plain[name]
         assert mine.S.dtype == (dtype if dtype == torch.float64 else torch.float32)

@@ -186,8 +186,12 @@ def test_what_the_user_fixes_stays():
 @pytest.mark.parametrize("small", [64, 4096], ids=["one side", "both sides"])
 @pytest.mark.parametrize("shallow", [0, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_peak_of_the_sweep_is_predicted_within_a_tenth(monkeypatch, dtype, shallow, small):
+@pytest.mark.parametrize("first", [False, True], ids=["by token", "summed first"])
+def test_the_peak_of_the_sweep_is_predicted_within_a_tenth(monkeypatch, dtype, shallow, small,
+                                                           first):
     """At Llama's proportions, weights apart, which are there before."""
+    monkeypatch.setattr(farss, "sums_first", lambda budget, name, *_: first and
+                        not budget.is_shallow(name))
     monkeypatch.setattr(farss, "SMALL", small)
     monkeypatch.setattr(farss, "STRIPE", 64)
     torch.manual_seed(0)
@@ -323,6 +327,8 @@ def test_what_the_paper_prints_of_one_model_is_not_said_of_another(capsys, model
       "--targets", "q_proj,v_proj"], "deep v_proj"),
     (["--model", "llama2-7b", "--alpha", "256"], "= 256 / 128 = 2"),
     (["--model", "llama2-7b"], "moments of a block 0.6"),
+    (["--model", "llama2-7b", "--dtype", "float32"], "moments of a block 0.7"),
+    (["--model", "llama3.2-1b"], "deep q_proj, o_proj, gate_proj, up_proj, down_proj: tokens"),
     (["--model", "llama2-7b", "--memory", "24"], "kept inputs, 34.4 GB, in CPU memory"),
     (["--model", "llama2-7b", "--memory", "24"], "micro-batch 8, checkpointing"),
 ])
