@@ -380,6 +380,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def lookup_table(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding, drawn from N(0, 1) as always, but not on the meta device: to draw nothing,
+    torch would there import all of its compiler, which takes a second."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(),
+                                        freeze=False)
+
+
 class Decoder(nn.Module):
     """Everything below the head; holds the names `embed_tokens`, `layers`, `norm`."""
 
@@ -387,7 +395,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = lookup_table(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         family = FAMILIES[config.model_type]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, family.one_plus_norm)
@@ -602,9 +610,9 @@ class Embeddings(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.first, self.dropout = first_position(config), config.hidden_dropout_prob
-        self.word_embeddings = nn.Embedding(config.vocab_size, d)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, d)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, d)
+        self.word_embeddings = lookup_table(config.vocab_size, d)
+        self.position_embeddings = lookup_table(config.max_position_embeddings, d)
+        self.token_type_embeddings = lookup_table(config.type_vocab_size, d)
         self.LayerNorm = nn.LayerNorm(d, config.layer_norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -1212,3 +1213,12 @@ def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path):
         (tmp_path / name).symlink_to(other)
         save(tmp_path / name)
         assert other.read_text() == "mine" and not (tmp_path / name).is_symlink()
+
+
+def test_loading_and_a_pass_leave_torchs_compiler_alone(tmp_path):
+    """Its import takes a second and 70 MB; torch does it for a random number on the meta device."""
+    code = ("import sys, torch, checkpoint\n"
+            "checkpoint.load(sys.argv[1])(torch.arange(5)[None])\n"
+            "assert 'torch._dynamo' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code, write_checkpoint(tmp_path / "tiny")],
+                   cwd=Path(C.__file__).parent, check=True)

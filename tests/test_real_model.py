@@ -15,6 +15,7 @@ from test_checkpoint import AWKWARD, same_tokens
 from tiny import write_data
 
 import checkpoint as C
+import data
 import eval as evaluation
 import export
 import farss
@@ -138,6 +139,26 @@ def test_exports_go_on_with_the_same_text(tmp_path, monkeypatch, tokenizer, ours
     for mine in (lambda: back("peft", FOLDER), lambda: C.load("merged", torch.float32, "cpu"),
                  lambda: back("residual/adapter", "residual")):
         assert M.generate(mine(), prompts, 24, tokenizer.eos_ids) == expected
+
+
+def test_tokens_summed_first_choose_the_same_directions(monkeypatch, ours, tokenizer):
+    """The 64 highest-scoring of each layer, beside those of fp32 tokens along the directions:
+    all where the model is fp32, all but those at the border where it is bf16."""
+    examples = [data.Example(ids := tokenizer.encode(text), len(ids) // 2)
+                for text in (*PROMPTS, *MORE) if len(text) > 20]
+    batch, budget = data.collate(examples, "cpu"), farss.Budget(0, 64, 1, 1, 1)
+    names = M.linear_names(ours, M.DECODER_TARGETS["seven"])
+
+    def chosen(model, first):
+        monkeypatch.setattr(farss, "sums_first", lambda *_: first)
+        return {n: set(x.index.tolist())
+                for n, x in farss.measure(model, [batch], names, budget).items()}
+
+    expected = chosen(ours, False)
+    assert chosen(ours, True) == expected
+    rounded = chosen(C.load(FOLDER, torch.bfloat16, "cpu"), True)
+    shared = [len(rounded[name] & expected[name]) / 64 for name in names]
+    assert min(shared) > 0.8 and sum(shared) / len(shared) > 0.97
 
 
 def test_farss_end_to_end(tmp_path, monkeypatch, tokenizer):
