@@ -125,7 +125,8 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     initial = initialisation_memory(s, config, parameters) if s.how.needs != "nothing" else {}
     kept_here = leaves_room(initial, memory) or s.device == "cpu"
     kept_apart = 0.0 if kept_here else initial["kept inputs"]
-    first = summed_first(s, block_shapes(s, config)) if s.how.needs == "fisher" else []
+    deep = s.how.needs == "fisher" and s.budget.shallow < config.num_hidden_layers
+    first = summed_first(s, block_shapes(s, config)) if deep else []
     return Plan(
         config.num_hidden_layers, parameters, trainable, bounds,
         s.rank * sum(m + n for m, n in shapes.values()), head, layer_groups(s, shapes), examples,

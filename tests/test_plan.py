@@ -314,6 +314,13 @@ def test_plan_of_the_papers_run_needs_no_weights(capsys, tmp_path, monkeypatch):
     assert "LoRA of rank 128: 319.8M" in out and not list(tmp_path.iterdir())
 
 
+def test_what_is_summed_first_is_said_of_deep_blocks_alone(capsys):
+    argv = "--model", "llama2-7b", "--shallow"
+    assert "tokens summed first" in shown(capsys, *argv, "31")
+    assert "tokens summed first" not in shown(capsys, *argv, "32")
+    assert "tokens summed first" not in shown(capsys, *argv, "7", "--method", "lora")
+
+
 @pytest.mark.parametrize("model", ["roberta-large", "llama3.2-1b"])
 def test_what_the_paper_prints_of_one_model_is_not_said_of_another(capsys, model):
     task = "math" if model == "llama3.2-1b" else "glue:rte"
