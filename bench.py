@@ -33,7 +33,7 @@ OMP_NUM_THREADS=1 they hardly depend on what else the machine does. Needs requir
     growth          the same of FARSS on small random models, and the exponent p of what fits best,
                     seconds = c x^p and GB = c x^p
     decompositions  seconds of torch's SVD, of farss.svd and of the fp64 eigendecomposition of the
-                    smaller Gram matrix, one random W of either shape
+                    smaller Gram matrix, one random W of either shape, in fp32
     initialisation  beside FARSS on factors of the whole model at once (kfac_factors), which need
                     the memory of all blocks: 16 sequences of 128 to 256 tokens, R = 32
 """
@@ -372,10 +372,19 @@ class Size(NamedTuple):
                 for _ in range(self.sequences)]
 
 
+def random_blocks(size: Size) -> M.CausalLM:
+    """Made in their own dtype: the peak of a detour by fp32 would hide some of the start's."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(DTYPES[size.dtype])
+    try:
+        return M.CausalLM(size.config()).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def start_here(method: str, size: Size, shallow: bool = False) -> dict[str, float]:
     """Seconds and bytes that a method's start takes."""
-    torch.manual_seed(0)
-    model = M.CausalLM(size.config()).to(DTYPES[size.dtype]).eval()
+    model = random_blocks(size)
     s = Settings(model="random blocks", method=method, shallow=int(shallow), rank=size.rank,
                  alpha=float(size.rank), device="cpu", dtype=size.dtype,
                  calibration_examples=size.sequences)
@@ -505,16 +514,19 @@ WAYS: dict[str, Callable[[torch.Tensor], Any]] = {
     "farss.svd": farss.svd, "smaller side": farss.smaller_side, "fp64 Gram": gram_svd}
 
 
-def decompositions(width: int, mlp: int) -> None:
+def decompositions(width: int, mlp: int) -> dict[str, dict[str, float]]:
+    """Prints and returns {shape: {way: seconds}}, in fp32."""
+    found: dict[str, dict[str, float]] = {}
     print(f"{'shape':>14}" + "".join(f"{name:>18}" for name in WAYS))
     for m, n in ((width, width), (width, mlp)):
         W = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
-        took = []
-        for way in WAYS.values():
+        took = found[f"{m} x {n}"] = {}
+        for name, way in WAYS.items():
             began = time.perf_counter()
             way(W)
-            took.append(time.perf_counter() - began)
-        print(f"{f'{m} x {n}':>14}" + "".join(f"{t:>16.1f} s" for t in took), flush=True)
+            took[name] = time.perf_counter() - began
+        print(f"{f'{m} x {n}':>14}" + "".join(f"{t:>16.1f} s" for t in took.values()), flush=True)
+    return found
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -644,13 +656,13 @@ def main() -> None:
         print(f"{size.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, one "
               f"block of width {size.width}, MLP {size.mlp}, like {size.like}, {size.sequences} "
               "sequences")
+        found: dict[str, Any] = {"dtype": size.dtype, "size": size._asdict()}
         if args.decompositions:
-            decompositions(size.width, size.mlp)
+            found["decompositions"] = decompositions(size.width, size.mlp)
         if args.starts:
-            found = starts(size, args.methods)
-            if args.json:
-                checkpoint.save_json(args.json, machine() | {
-                    "dtype": size.dtype, "size": size._asdict(), "starts": found})
+            found["starts"] = starts(size, args.methods)
+        if args.json:
+            checkpoint.save_json(args.json, machine() | found)
     elif args.blocks:
         along_blocks()
     elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):

@@ -183,16 +183,12 @@ def short_factors(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16:
         yield
         return
-    units: list[Any] = [torch.backends.cuda.matmul,
-                        torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    before = [unit.fp32_precision for unit in units]
+    before = torch.get_float32_matmul_precision()
     try:
-        for unit, precision in zip(units, ("tf32", "bf16"), strict=True):
-            unit.fp32_precision = precision
+        torch.set_float32_matmul_precision("medium")  # TF32 on CUDA, bf16 on a CPU that has it
         yield
     finally:
-        for unit, precision in zip(units, before, strict=True):
-            unit.fp32_precision = precision
+        torch.set_float32_matmul_precision(before)
 
 
 def add_to_stripes(total: list[Tensor], rows: Tensor) -> None:
@@ -687,7 +683,7 @@ class Measurement:
     Vh: Tensor  # (k, n)
     first_token_share: float  # part of Tr Σ_h at the first token
     sigma: Tensor  # σ of all min(m, n) directions, falling
-    s: Tensor  # and their scores, fp64
+    s: Tensor  # and their scores, fp64; the lowest not exact where tokens are summed first
     index: Tensor  # (k,): which of them the candidates are
 
 
@@ -756,7 +752,9 @@ def sums_first(budget: Budget, name: str, k: int, tokens: int) -> bool:
     Xᵀ G X: k²/2 products a token in stripes and k³ at the end, not the k² of each token along X.
 
     Of a deep layer alone, as it takes its highest directions, which no rounding drowns: not that of
-    G, nor that of the model's own W h and Wᵀ δ.
+    G, nor that of the model's own W h and Wᵀ δ. The lowest scores of such a layer are not exact.
+    Counted are the fp32 products of one layer in one process, whatever can be shared or is fast, so
+    that neither the device nor the number of processes changes a result.
     """
     highest = not (budget.is_shallow(name) or budget.lowest(name))
     return highest and tokens * size_of_stripes(k) + k**3 < tokens * k**2

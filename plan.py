@@ -454,7 +454,7 @@ def show(s: Settings, plan: Plan, known: str) -> None:
                  if plan.kept_apart else ""))
     if plan.summed_first:
         print(f"              deep {', '.join(plan.summed_first)}: tokens summed first, then seen "
-              "along the directions, which takes fewer products")
+              "along the directions: fewer products, if examples have --max-length tokens")
     if not plan.fits:
         print("              THIS DOES NOT FIT"
               + (": AdamW needs 16 bytes for every weight" if s.how.trains == "weights" else

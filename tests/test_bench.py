@@ -129,6 +129,36 @@ def test_a_start_is_measured_where_it_is_told(monkeypatch):
     assert seen | {"like": "llama2-7b"} == size._asdict()
 
 
+def test_starts_as_a_file(tmp_path, monkeypatch, capsys):
+    """All that was measured, here and in peft, and at which size."""
+    monkeypatch.setattr(bench, "fresh", lambda flag, method, side, size: {
+        "seconds": {"here": 1.0, "shallow": 2.0, "peft": 3.0}[side],
+        "bytes": 1e9 * json.loads(size)["sequences"]})
+    monkeypatch.setattr(bench, "decompositions", lambda width, mlp: {f"{width} x {mlp}": {"a": 1}})
+    monkeypatch.setattr(sys, "argv", [
+        "bench.py", "--starts", "--decompositions", "--methods", "farss", "pissa", "--sequences",
+        "5", "--dtype", "bfloat16", "--width", "256", "--mlp", "688", "--json",
+        str(tmp_path / "s.json")])
+    bench.main()
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written["starts"] == {
+        "farss": {"here": {"seconds": 1, "bytes": 5e9}},
+        "farss / shallow": {"here": {"seconds": 2, "bytes": 5e9}},
+        "pissa": {"here": {"seconds": 1, "bytes": 5e9}, "peft": {"seconds": 3, "bytes": 5e9}}}
+    assert written["decompositions"] == {"256 x 688": {"a": 1}}
+    assert written["dtype"] == written["size"]["dtype"] == "bfloat16" and "commit" in written
+    assert "3.0      5.00" in capsys.readouterr().out
+
+
+def test_blocks_are_made_in_their_own_dtype(monkeypatch):
+    """From the first, not by a detour, and torch's default stays."""
+    made, inner = [], M.CausalLM
+    monkeypatch.setattr(M, "CausalLM", lambda config: (made.append(inner(config)), made[0])[1])
+    model = bench.random_blocks(bench.Size(128, 352, 1, dtype="bfloat16"))
+    assert model is made[0] and torch.get_default_dtype() == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_a_start_is_measured_at_a_models_own_shapes():
     """One block of it, here and in transformers, of which peft's start is measured."""
     for like in ("gemma2-2b", "llama3.2-1b", "smollm2-135m"):

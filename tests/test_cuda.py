@@ -56,6 +56,29 @@ def test_factors_of_the_sweep(dtype, bound, keep_on):
                 assert (mine.cpu() - theirs).norm() <= bound * theirs.norm(), name
 
 
+def test_moments_of_bf16_by_tensor_cores_are_those_of_fp64():
+    """Products of bf16 numbers are exact in TF32, and their sums fp32."""
+    rows, sums = torch.randn(700, 2100, dtype=torch.bfloat16, device="cuda"), {}
+    for part in rows.split(100):
+        farss.add_outer(sums, "x", part)
+    farss.mirror(sums["x"])
+    expected = rows.double().T @ rows.double()
+    assert (sums["x"] - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-3), (torch.bfloat16, 0.25)])
+def test_scores(monkeypatch, dtype, bound, first):
+    monkeypatch.setattr(farss, "sums_first", lambda *_: first)
+    cpu, gpu = on_both(tiny_llama, dtype)
+    batch = tiny_batch([(5, 6), (3, 9), (7, 2)])
+    names, budget = M.linear_names(cpu, SEVEN), farss.Budget(0, 4, 1, 1, 1)
+    expected = farss.measure(cpu, [batch], names, budget)
+    found = farss.measure(gpu, [{k: v.cuda() for k, v in batch.items()}], names, budget)
+    for name in names:
+        assert (found[name].s - expected[name].s).norm() <= bound * expected[name].s.norm(), name
+
+
 @torch.no_grad()
 def test_greedy_tokens():
     cpu, gpu = on_both(tiny_llama, torch.float32)

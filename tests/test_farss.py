@@ -412,28 +412,23 @@ def test_tokens_of_all_processes_decide_what_is_summed_first(monkeypatch):
 
 
 def test_products_of_bf16_are_as_short_as_they_may_be(monkeypatch):
-    """The settings while they run, those after, and what comes out beside fp64; where the CPU has
-    no units for bf16 the settings change nothing."""
-    inner, seen = farss.add_to_stripes, []
-
-    def settings():
-        return (torch.backends.cuda.matmul.fp32_precision,
-                torch.backends.mkldnn.matmul.fp32_precision)
-
+    """The setting while they run, that after, and what comes out beside fp64; where the CPU has no
+    units for bf16 the setting changes nothing."""
+    inner, seen, setting = farss.add_to_stripes, [], torch.get_float32_matmul_precision
     monkeypatch.setattr(farss, "add_to_stripes",
-                        lambda *args: (seen.append(settings()), inner(*args)))
-    before = settings()
+                        lambda *args: (seen.append(setting()), inner(*args)))
+    before = setting()
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         rows, sums = torch.randn(300, 70).to(dtype), {}
         farss.add_outer(sums, "x", rows)
         assert sums["x"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(sums["x"].double(), rows.double().T @ rows.double(), rtol=1e-5,
                                    atol=1e-4)
-    assert seen == [("tf32", "bf16"), before, before] and settings() == before
+    assert seen == ["medium", "highest", "highest"] and setting() == before == "highest"
     monkeypatch.setattr(farss, "add_to_stripes", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         farss.add_outer({}, "x", torch.ones(1, 1, dtype=torch.bfloat16))
-    assert settings() == before
+    assert setting() == before
 
 
 class WithDtype(NamedTuple):

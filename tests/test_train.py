@@ -484,7 +484,7 @@ def interrupt_at(monkeypatch, step, act):
 @pytest.mark.parametrize("killed_in_step", [1, 3, 5])
 def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, method, fused,
                                                           killed_in_step):
-    """Also with AdamW as it is on a GPU, which keeps its step there."""
+    """Also with AdamW as it is on a GPU."""
     made, adamw = [], torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **how: (
         made.append(adamw(*args, **how)), made[-1])[1])
@@ -514,6 +514,23 @@ def test_killed_and_resumed_equals_undisturbed_to_the_bit(here, monkeypatch, met
     assert losses[0] == losses[1] and len(losses[0]) == 6
     assert {bool(optimizer.defaults["fused"]) for optimizer in made} == {fused}
     assert not (here / "cut/checkpoint").exists()
+
+
+@pytest.mark.parametrize("fused, device", [(True, "meta"), (None, "cpu")])
+def test_a_fused_adamw_resumes_with_its_step_where_the_parameter_is(tmp_path, fused, device):
+    """As a GPU's must have it; the meta device stands for one. Else it stays on the CPU."""
+    belongs = {"start": None, "settings": {}}
+    there = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([there])
+    there.sum().backward()
+    optimizer.step()
+    train.save_checkpoint(tmp_path / "x.safetensors", 5, {"x": there}, optimizer, belongs)
+    here = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.AdamW([here])
+    optimizer.defaults["fused"] = fused
+    assert train.load_checkpoint(tmp_path / "x.safetensors", {"x": here}, optimizer, belongs) == 5
+    state = optimizer.state[here]
+    assert state["step"].device.type == device and state["exp_avg"].device.type == "meta"
 
 
 def test_resume_refuses_another_base_and_takes_a_moved_one(here, monkeypatch):
