@@ -1,8 +1,8 @@
 """Matrix products by oneDNN, on a CPU whose BLAS is slower.
 
 torch multiplies fp32 matrices by MKL, which on a CPU that is not Intel's leaves half of the width
-of AVX-512 unused: 110 GFLOP/s a core where oneDNN, which torch has too, comes to 250 (AMD EPYC,
-family 26). Sums are taken in another order, so that the last bits differ.
+of AVX-512 unused: 110 GFLOP/s a core where oneDNN, which torch has too, comes to 220 to 250 (AMD
+EPYC, family 26). Sums are taken in another order, so that the last bits differ.
 
     linear, reordered    one product, and weights in the order that oneDNN's kernels read
     Products             within `with`, all products: of layers, of their gradients, of statistics
