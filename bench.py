@@ -627,7 +627,7 @@ def main() -> None:
     parser.add_argument("--mlp", type=int, help="another width of the MLP")
     parser.add_argument("--sequences", type=int, default=Size().sequences,
                         help="of --starts: of 256 tokens each; default %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=Size().dtype,
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default=Size().dtype,
                         help="of --starts: of the weights; default %(default)s")
     parser.add_argument("--start", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -646,23 +646,23 @@ def main() -> None:
                          start_here(method, size, side == "shallow")))
     elif args.growth is not None:
         print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, at {BASE}")
-        grew = growth(args.growth or list(GROWTH))
+        found = growth(args.growth or list(GROWTH))
         if args.json:
-            checkpoint.save_json(args.json, machine() | {"base": BASE._asdict(), "growth": grew})
+            checkpoint.save_json(args.json, machine() | {"base": BASE._asdict(), "growth": found})
         if args.plot:
-            draw_growth(grew, args.plot)
+            draw_growth(found, args.plot)
     elif args.starts or args.decompositions:
         size = Size.of(args.like, args.width, args.mlp, sequences=args.sequences, dtype=args.dtype)
         print(f"{size.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, one "
               f"block of width {size.width}, MLP {size.mlp}, like {size.like}, {size.sequences} "
               "sequences")
-        found: dict[str, Any] = {"dtype": size.dtype, "size": size._asdict()}
+        measured: dict[str, Any] = {"dtype": size.dtype, "size": size._asdict()}
         if args.decompositions:
-            found["decompositions"] = decompositions(size.width, size.mlp)
+            measured["decompositions"] = decompositions(size.width, size.mlp)
         if args.starts:
-            found["starts"] = starts(size, args.methods)
+            measured["starts"] = starts(size, args.methods)
         if args.json:
-            checkpoint.save_json(args.json, machine() | found)
+            checkpoint.save_json(args.json, machine() | measured)
     elif args.blocks:
         along_blocks()
     elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):

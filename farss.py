@@ -114,25 +114,25 @@ class FactorSums:
         if shares:
             self.seen = h, name
         h = h.detach()
-        real = at_least_fp32(h[self.mask])  # (tokens, n)
+        rows = h[self.mask]  # (tokens, n)
+        real = at_least_fp32(rows)
         start = self.mask.int().argmax(dim=1)  # first real token of each sequence
         first = h[torch.arange(len(h), device=h.device), start]
         self.first[name] = self.first.get(name, 0) + at_least_fp32(first).pow(2).sum()
         self.norm[name] = self.norm.get(name, 0) + real.flatten().dot(real.flatten())
-        rows = (h if Wh is None else Wh.detach())[self.mask]
-        if X is None:
-            add_outer(self.forward, name, rows)
-        else:
-            add_moment(self.forward, name, at_least_fp32(rows) @ X, self.along[name].squares)
+        self.add(self.forward, name, rows if Wh is None else Wh.detach()[self.mask], X)
 
     def add_gradient(self, name: str, delta: Tensor) -> None:
         """Eq. 19: δ = ∂L/∂y (b, t, m), the gradient at the layer's output; or Wᵀ δ (b, t, n)."""
-        rows = delta[self.mask]  # (tokens, m)
         X = self.along[name].backward if name in self.along else None
+        self.add(self.backward, name, delta[self.mask], X)
+
+    def add(self, sums: dict[str, Tensor], name: str, rows: Tensor, X: Tensor | None) -> None:
+        """The moments of rows (tokens, width): whole, or what is wanted of those of rows X."""
         if X is None:
-            add_outer(self.backward, name, rows)
+            add_outer(sums, name, rows)
         else:
-            add_moment(self.backward, name, at_least_fp32(rows) @ X, self.along[name].squares)
+            add_moment(sums, name, at_least_fp32(rows) @ X, self.along[name].squares)
 
     def reduce(self, total: Reduce) -> None:
         """Make each sum that over all processes, each of which has seen other batches."""

@@ -250,7 +250,7 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
     covariances are needed, one block's inputs are kept and nothing for a backward pass.
     """
     shapes = block_shapes(s, config)
-    inputs = {READS.get(leaf_name(n), n): shape[1] for n, shape in shapes.items()}
+    inputs = {reads(n): shape[1] for n, shape in shapes.items()}
     numbers = sum(n * n for n in inputs.values())
     tokens = calibration_tokens(s)
     if s.how.needs == "covariance":
@@ -271,6 +271,11 @@ def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[
             "kept inputs": kept_inputs(s, config, tokens)}
 
 
+def reads(name: str) -> str:
+    """What a layer reads: the same of layers that share one sum of it."""
+    return READS.get(leaf_name(name), name)
+
+
 def calibration_tokens(s: Settings) -> int:
     """Of all examples, the most that they can have."""
     return s.calibration_examples * s.max_length
@@ -288,11 +293,11 @@ def block_sums(s: Settings, shapes: Shapes, shallow: bool) -> dict[str, float]:
     first = [] if shallow else summed_first(s, shapes)
     moments = {}  # numbers, by what they are of; layers that read the same share those of it
     for name, (m, n) in shapes.items():
-        reads = READS.get(leaf_name(name), name) if m >= n else name
+        source = reads(name) if m >= n else name
         if shallow:
             moments[name, "forward"] = moments[name, "backward"] = farss.size_of_stripes(min(m, n))
         elif name in first:
-            moments[reads, "forward"] = moments[name, "backward"] = min(m, n) ** 2
+            moments[source, "forward"] = moments[name, "backward"] = min(m, n) ** 2
     return {"directions of a block": 4 * sum(
                 directions(s, m, n, name in first) for name, (m, n) in shapes.items()),
             "moments of a block": 4 * sum(moments.values())}

@@ -152,11 +152,16 @@ def test_starts_as_a_file(tmp_path, monkeypatch, capsys):
 
 def test_blocks_are_made_in_their_own_dtype(monkeypatch):
     """From the first, not by a detour, and torch's default stays."""
-    made, inner = [], M.CausalLM
-    monkeypatch.setattr(M, "CausalLM", lambda config: (made.append(inner(config)), made[0])[1])
+    def made(config):
+        model = inner(config)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        return model
+
+    inner = M.CausalLM
+    monkeypatch.setattr(M, "CausalLM", made)
     model = bench.random_blocks(bench.Size(128, 352, 1, dtype="bfloat16"))
-    assert model is made[0] and torch.get_default_dtype() == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_start_is_measured_at_a_models_own_shapes():
