@@ -67,7 +67,7 @@ import figures
 import model as M
 import plan
 import train
-from baselines import METHODS
+from methods import METHODS
 from settings import DTYPES, Settings, provenance
 
 LINEARS = M.DECODER_TARGETS["seven"]

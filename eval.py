@@ -31,7 +31,6 @@ import data
 import export
 import figures
 import model as M
-import parallel
 import plan
 from benchmarks import (
     BENCHMARKS,
@@ -44,6 +43,7 @@ from benchmarks import (
     questions,
 )
 from checkpoint import UserError
+from farss import harmonic_mean, knowledge_score, task_score
 from results import (
     FROM_RECORDS,
     Answers,
@@ -86,37 +86,12 @@ from settings import (
     use_threads,
 )
 
-# ----------------------------------------------------------------------------- Eq. 36-38 and Avg
+if os.environ.get("WORLD_SIZE", "1") == "1":
+    import alone as parallel
+else:  # torchrun has started several processes
+    from fast import distributed as parallel  # type: ignore[no-redef]
 
-
-def mean_ratio(scores: dict[str, float], reference: dict[str, float]) -> float:
-    if scores.keys() != reference.keys() or not scores:
-        raise UserError(f"scores of {sorted(scores)} cannot be compared with scores of "
-                          f"{sorted(reference)}")
-    if not all(reference.values()):
-        return math.nan
-    return sum(scores[b] / reference[b] for b in scores) / len(scores)
-
-
-def knowledge_score(after: dict[str, float], before: dict[str, float]) -> float:
-    """Eq. 36: K = mean over the world-knowledge benchmarks of score after / before fine-tuning.
-
-    Undefined (NaN) where a score before is 0; UserError unless both have the same benchmarks.
-    """
-    return mean_ratio(after, before)
-
-
-def task_score(tuned: dict[str, float], full: dict[str, float]) -> float:
-    """Eq. 37: T = mean over the task benchmarks of score / score of full fine-tuning.
-
-    Undefined (NaN) where full fine-tuning has 0; UserError unless both have the same benchmarks.
-    """
-    return mean_ratio(tuned, full)
-
-
-def harmonic_mean(K: float, T: float) -> float:
-    """Eq. 38: KT = 2 K T / (K + T); 0 if both are 0, NaN if either is undefined."""
-    return 0.0 if K == T == 0 else 2 * K * T / (K + T)
+# --------------------------------------------------------------------------- K, T, KT and Avg
 
 
 def summary_metrics(scores: dict[str, float], before: dict[str, float], full: dict[str, float]

@@ -10,15 +10,15 @@ Nothing here needs weights, data or the hub.
 """
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 import checkpoint
-import farss
-import parallel
 from farss import block_index
 from model import (
     CHUNK,
@@ -90,7 +90,8 @@ class Plan:
     training: dict[str, float]
     initialisation: dict[str, float]  # empty where a method needs no factors
     kept_apart: float  # block inputs of the initialisation that go to CPU memory
-    summed_first: list[str]  # kinds of deep layers whose tokens are (farss.sums_first)
+    replaced: dict[str, str]  # functions of farss.py that the start does not call: equation
+    summed_first: list[str]  # kinds of deep layers whose tokens are (fast.start.sums_first)
     memory: float  # that the device has
 
     @property
@@ -99,9 +100,11 @@ class Plan:
         return sum(self.training.values()) <= self.memory
 
 
-def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0) -> Plan:
+def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0,
+         fast: Any = None) -> Plan:
     """The plan of a run on a device with `memory` bytes (None: what is free on s.device now), on
-    a dataset of so many `rows` (0: not known, and enough)."""
+    a dataset of so many `rows` (0: not known, and enough). `fast` is the package where the start
+    takes it, for what that would hold."""
     if s.shallow == AUTO:  # until a trial has found it
         s = replace(s, shallow=candidates(config.num_hidden_layers)[-1])
     skeleton = empty(config)
@@ -122,17 +125,21 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     micro_batch, checkpointing = choose_micro_batch(s, config, parameters, most, memory)
     examples = min(s.examples, rows or s.examples)
     steps = s.steps or s.epochs * math.ceil(examples / s.batch_size)
-    initial = initialisation_memory(s, config, parameters) if s.how.needs != "nothing" else {}
-    kept_here = leaves_room(initial, memory) or s.device == "cpu"
+    initial = (initialisation_memory(s, config, parameters, fast) if s.how.needs != "nothing" else
+               {})
+    kept_here = (s.how.needs != "fisher" or leaves_room(initial, memory) or s.device == "cpu")
     kept_apart = 0.0 if kept_here else initial["kept inputs"]
     deep = s.how.needs == "fisher" and s.budget.shallow < config.num_hidden_layers
-    first = summed_first(s, block_shapes(s, config)) if deep else []
+    first = (fast.summed_first(block_shapes(s, config), s.budget, calibration_tokens(s))
+             if deep and fast else [])
     return Plan(
         config.num_hidden_layers, parameters, trainable, bounds,
         s.rank * sum(m + n for m, n in shapes.values()), head, layer_groups(s, shapes), examples,
         steps, warmup_steps(steps, s.warmup), micro_batch, checkpointing,
         training_memory(s, config, parameters, most, micro_batch, checkpointing),
         initial | ({"kept inputs": 0.0} if kept_apart else {}), kept_apart,
+        {names: equation for names, equation in (fast.REPLACES if fast else {}).items()
+         if s.how.needs == "fisher" or names == "svd"},
         [leaf_name(name) for name in first], memory)
 
 
@@ -180,6 +187,11 @@ def layer_groups(s: Settings, shapes: Shapes) -> list[Group]:
 # ----------------------------------------------------------------------------------------- memory
 
 
+def processes() -> int:
+    """How many torchrun has started on one task; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def element_size(s: Settings) -> int:
     return torch.finfo(DTYPES[s.dtype]).bits // 8
 
@@ -223,7 +235,7 @@ def training_memory(s: Settings, config: Config, parameters: int, trainable: flo
     Checkpointing keeps only a block's input, and all activations of one block at a time. With
     --shard weights are dealt out, but for those outside the blocks and of two blocks at a time.
     """
-    deals = parallel.size() if s.shard else 1
+    deals = processes() if s.shard else 1
     weight = 4 if s.how.trains == "weights" else element_size(s)
     block, blocks = block_activations(s, config), config.num_hidden_layers
     kept = blocks * element_size(s) * config.hidden_size + block if checkpointing else (
@@ -243,37 +255,53 @@ def gathered(config: Config) -> int:
     return sum(size for _, size in sizes) - inside + 2 * inside // config.num_hidden_layers
 
 
-def initialisation_memory(s: Settings, config: Config, parameters: int) -> dict[str, float]:
-    """Estimated peak bytes of the sweep through the blocks, by part.
+def initialisation_memory(s: Settings, config: Config, parameters: int, fast: Any = None
+                          ) -> dict[str, float]:
+    """Estimated peak bytes of the start, by part; `fast` is the package where the start takes it.
 
-    The kept inputs go to CPU memory where they do not fit (`leaves_room`). Where only the inputs'
-    covariances are needed, one block's inputs are kept and nothing for a backward pass.
+    The kept inputs go to CPU memory where they do not fit (`leaves_room`). Where only covariances
+    are needed, forward passes of the whole model keep nothing, and those of one block are counted:
+    of how many at once is for `blocks_at_once` to say.
     """
     shapes = block_shapes(s, config)
-    inputs = {reads(n): shape[1] for n, shape in shapes.items()}
-    numbers = sum(n * n for n in inputs.values())
-    tokens = calibration_tokens(s)
-    if s.how.needs == "covariance":
-        return {"weights": element_size(s) * parameters, "covariances of a block": 4 * numbers,
-                "kept inputs": kept_inputs(s, config, tokens) // config.num_hidden_layers}
-    depths = {i < s.budget.shallow for i in range(config.num_hidden_layers)}
-    sums = max((block_sums(s, shapes, shallow) for shallow in depths),
-               key=lambda parts: sum(parts.values()))
     batch = calibration_batch(s.max_length) * s.max_length
     logits = 0 if FAMILIES[config.model_type].encoder else (
         12 * min(CHUNK, batch * config.vocab_size))
     # A gradient and its real tokens in fp32; when the logits are there, none of them is.
     widest = batch * max(map(max, shapes.values())) * (element_size(s) + 4)
-    return {"weights": element_size(s) * parameters,
-            **sums,
-            "activations of a block": batch * block_activations(s, config, False) + max(
-                widest, logits),
+    block = batch * block_activations(s, config, False) + max(widest, logits)
+    if s.how.needs == "covariance":
+        return {"weights": element_size(s) * parameters,
+                "covariances of a block": covariance_bytes(shapes),
+                "activations of a block": block}
+    tokens = calibration_tokens(s)
+    depths = {i < s.budget.shallow for i in range(config.num_hidden_layers)}
+    of_block = fast.block_sums if fast else factor_sums
+    sums = max((of_block(shapes, s.budget, shallow, tokens, element_size(s))
+                for shallow in depths), key=lambda parts: sum(parts.values()))
+    return {"weights": element_size(s) * parameters, **sums, "activations of a block": block,
             "kept inputs": kept_inputs(s, config, tokens)}
 
 
-def reads(name: str) -> str:
-    """What a layer reads: the same of layers that share one sum of it."""
-    return READS.get(leaf_name(name), name)
+def factor_sums(shapes: Shapes, *_: Any) -> dict[str, float]:
+    """Bytes of what farss.measure holds of one block's layers: Σ_h and Σ_δ in fp32, and the largest
+    decomposition with its work space."""
+    most = max(min(m, n) * (m + n + 4 * min(m, n)) for m, n in shapes.values())
+    return {"factors of a block": 4 * sum(m * m + n * n for m, n in shapes.values()),
+            "a decomposition": 4 * most}
+
+
+def covariance_bytes(shapes: Shapes) -> int:
+    """Of one block's layers, in fp32; those that read the same share one."""
+    inputs = {READS.get(leaf_name(name), name): n for name, (_, n) in shapes.items()}
+    return 4 * sum(n * n for n in inputs.values())
+
+
+def blocks_at_once(s: Settings, config: Config, parameters: int, memory: float) -> int:
+    """Of how many blocks the covariances are summed in one forward pass of the model."""
+    need = initialisation_memory(s, config, parameters)
+    left = 0.9 * memory - need["weights"] - need["activations of a block"]
+    return max(1, min(config.num_hidden_layers, int(left / need["covariances of a block"])))
 
 
 def calibration_tokens(s: Settings) -> int:
@@ -281,39 +309,9 @@ def calibration_tokens(s: Settings) -> int:
     return s.calibration_examples * s.max_length
 
 
-def summed_first(s: Settings, shapes: Shapes) -> list[str]:
-    """Those of a block's layers, were it a deep one, whose tokens are (farss.sums_first)."""
-    deep = replace(s.budget, shallow=0)
-    return [name for name, shape in shapes.items()
-            if farss.sums_first(deep, name, min(shape), calibration_tokens(s))]
-
-
-def block_sums(s: Settings, shapes: Shapes, shallow: bool) -> dict[str, float]:
-    """Bytes of what farss.measure holds of a shallow or a deep block's layers."""
-    first = [] if shallow else summed_first(s, shapes)
-    moments = {}  # numbers, by what they are of; layers that read the same share those of it
-    for name, (m, n) in shapes.items():
-        source = reads(name) if m >= n else name
-        if shallow:
-            moments[name, "forward"] = moments[name, "backward"] = farss.size_of_stripes(min(m, n))
-        elif name in first:
-            moments[source, "forward"] = moments[name, "backward"] = min(m, n) ** 2
-    return {"directions of a block": 4 * sum(
-                directions(s, m, n, name in first) for name, (m, n) in shapes.items()),
-            "moments of a block": 4 * sum(moments.values())}
-
-
 def calibration_batch(longest: int) -> int:
     """Sequences of a calibration's batch, the longest of which has so many tokens."""
     return max(1, min(CALIBRATION_BATCH, CALIBRATION_TOKENS // longest))
-
-
-def directions(s: Settings, m: int, n: int, summed: bool) -> int:
-    """Numbers that farss.Directions and farss.Along hold of a layer: the smaller side, of a small
-    one the other, too, and W times it where the model's own products are rounded to less than
-    fp32, unless tokens are summed first."""
-    k = min(m, n)
-    return k * k + k * max(m, n) * ((k < farss.SMALL) + (element_size(s) < 4 and not summed))
 
 
 def kept_inputs(s: Settings, config: Config, tokens: int) -> int:
@@ -330,7 +328,7 @@ def choose_micro_batch(s: Settings, config: Config, parameters: int, trainable: 
                        memory: float) -> tuple[int, bool]:
     """(examples per forward pass, checkpointing): the largest 2^i part of a process's part of the
     batch that leaves room."""
-    whole = math.ceil(s.batch_size / parallel.size())
+    whole = math.ceil(s.batch_size / processes())
     sizes = [whole >> i for i in range(whole.bit_length())]
     sizes = [s.micro_batch] if s.micro_batch else sizes
     checks = [False, True] if s.checkpointing is None else [s.checkpointing]
@@ -358,7 +356,7 @@ def device_memory(device: str | None) -> float:
     """Free bytes on the device for this process; without one (a plan), the paper's 80 GB GPU."""
     if device is None:
         return 80e9
-    return checkpoint.free_memory(device) / (parallel.size() if device == "cpu" else 1)
+    return checkpoint.free_memory(device) / (processes() if device == "cpu" else 1)
 
 
 def memory_used(device: str) -> float:
@@ -405,6 +403,16 @@ def dropout_note(s: Settings) -> str | None:
             "first loss is not the base model's; --residual exact or --dropout 0 avoid that")
 
 
+def form_note(s: Settings, plan: Plan) -> str | None:
+    """Which code computes the start, of a method that decomposes weights."""
+    if not (s.how.splits or s.how.diagonal):
+        return None
+    if s.form == "plain":
+        return "farss.py and methods/, as they are printed (--fast: by fast/)"
+    instead = "; ".join(f"{names} (Eq. {equation})" for names, equation in plan.replaced.items())
+    return f"fast/, in place of farss.py's {instead}: the same result (--plain: by farss.py)"
+
+
 def end_of(s: Settings, block: int) -> str:
     """Which of its directions a layer of this block starts from."""
     return "lowest" if s.budget.lowest(f"layers.{block}.") else "highest"
@@ -428,6 +436,8 @@ def show(s: Settings, plan: Plan, known: str) -> None:
         print(f"frozen        the {s.freeze.replace('-', ' ')} of the blocks")
     if warning := dropout_note(s):
         print(f"dropout       {warning}")
+    if form := form_note(s, plan):
+        print(f"start         by {form}")
     if s.how.trains == "adapters":
         print(f"scaling       alpha / R = {s.alpha:g} / {s.rank} = {s.scaling:g}\n")
         print("\n".join(rank_table(plan.groups)))
@@ -449,7 +459,7 @@ def show(s: Settings, plan: Plan, known: str) -> None:
              if not s.steps else "")
           + f", {plan.warmup_steps} of them warm-up to lr {s.lr:g}")
     has = f"{plan.memory / 1e9:.0f} GB" + (f" free on {s.device}" if s.device else "")
-    each = f" for each of {parallel.size()} processes" if parallel.size() > 1 else ""
+    each = f" for each of {processes()} processes" if processes() > 1 else ""
     print(f"memory        of {has}{each}, about")
     print(f"              training {by_part(plan.training)} (micro-batch {plan.micro_batch}"
           + (", checkpointing)" if plan.checkpointing else ")"))

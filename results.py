@@ -20,9 +20,9 @@ from typing import Any
 import checkpoint
 import data
 import figures
-from baselines import METHODS
 from benchmarks import BENCHMARKS, Question, accuracy, column_accuracy, columns_of
 from checkpoint import UserError
+from methods import METHODS
 from settings import default_task, is_score
 
 PAPER_TABLES = Path(__file__).resolve().parent / "notebooks" / "tables"

@@ -26,8 +26,8 @@ import torch
 import checkpoint
 import data
 import farss
-from baselines import METHODS, Method
 from checkpoint import ANYTHING, MICROCOSM, UserError
+from methods import METHODS, Method, official
 from model import (
     DECODER_TARGETS,
     ENCODER_TARGETS,
@@ -39,6 +39,7 @@ from model import (
     place,
 )
 
+NARROW = 512  # models narrower than this start by farss.py itself, wider ones by fast/
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
 MACHINE = ("device", "threads", "micro_batch", "checkpointing", "compile", "shard", "save_every",
            "score_every", "score_limit")
@@ -101,6 +102,9 @@ class Settings:
                                "KaSA's code")
     kasa_gamma: float = setting(1e-3, "KaSA: weight of the distance of A and B from orthonormal",
                                 "KaSA's code")
+    form: str = setting(None, "plain: the start is computed by farss.py as it is printed; fast: by "
+                              "fast/, with the same result; default plain for models narrower "
+                              f"than {NARROW}, else fast")
     targets: str = setting(None, "linear layers to adapt, by name, or a set: " + "; ".join(
         f"{name} = {', '.join(layers)}" for name, layers in (DECODER_TARGETS
                                                               | ENCODER_TARGETS).items())
@@ -158,9 +162,10 @@ class Settings:
     @property
     def budget(self) -> farss.Budget:
         """The ranks and ends; ValueError for impossible ones."""
-        official = self.official and self.how.end == Method.end  # not a variant's own end
-        return farss.Budget(self.shallow if self.how.adaptive else 0, self.rank, self.r_avg,
-                            self.r_min, self.r_max, "rank" if official else self.how.end)
+        own_end = self.how.end != Method.end  # a variant's, which --official leaves as it is
+        kind = official.OfficialBudget if self.official and not own_end else farss.Budget
+        return kind(self.shallow if self.how.adaptive else 0, self.rank, self.r_avg, self.r_min,
+                    self.r_max, self.how.end)
 
     def is_frozen(self, name: str, blocks: int) -> bool:
         """Whether a parameter or layer stands in the third of the blocks that does not train."""
@@ -183,6 +188,7 @@ class Settings:
         return torch.float32 if self.how.trains == "weights" else DTYPES[self.dtype]
 
 
+FORMS = ("plain", "fast")
 AUTO = -1  # of shallow blocks: to be found by a trial
 
 
@@ -345,7 +351,7 @@ def unused(s: Settings) -> set[str]:
             *(() if s.how.needs == "fisher" else ("fisher",)),
             *(() if s.how.needs != "nothing" else ("calibration", "calibration_examples")),
             *(() if s.how.penalty else ("kasa_beta", "kasa_gamma")),
-            *(() if s.how.splits or s.how.diagonal else ("residual",)),
+            *(() if s.how.splits or s.how.diagonal else ("residual", "form")),
             *(() if s.how.trains == "adapters" else ("rank", "alpha", "targets", "dropout")),
             *(("epochs",) if s.steps else ())}
 
@@ -360,6 +366,8 @@ def source_of(name: str, s: Settings, row: Preset, flags: dict[str, Any]) -> str
         return row.sources.get(name, row.source)
     if name == "shallow":
         return "chosen here, 7/32 of the blocks"
+    if name == "form":
+        return f"chosen here, {'below' if s.form == 'plain' else 'from'} a width of {NARROW}"
     if name == "dtype" and s.dtype == "float32":
         return "here"
     return next(f.metadata["source"] for f in fields(Settings) if f.name == name)
@@ -435,7 +443,7 @@ def choices() -> dict[str, tuple[str, ...]]:
     """What a setting that names something may name."""
     return {"method": tuple(METHODS), "task": tuple(data.TASKS), "dtype": tuple(DTYPES),
             "fisher": ("empirical", "sampled"), "residual": ("split", "exact"),
-            "freeze": tuple(FROZEN)}
+            "freeze": tuple(FROZEN), "form": FORMS}
 
 
 def training_arguments(description: str | None, argv: list[str] | None = None
@@ -456,6 +464,12 @@ def training_arguments(description: str | None, argv: list[str] | None = None
             dict(action=argparse.BooleanOptionalAction) if f.type is bool else
             dict(type=PARSERS.get(f.name, f.type), choices=named.get(f.name),
                  metavar=None if f.name in named else f.name.upper()))
+        if f.name == "form":
+            either = group.add_mutually_exclusive_group()
+            for form in FORMS:
+                either.add_argument("--" + form, action="store_const", const=form, dest="form",
+                                   help=f.metadata["help"] if form == FORMS[0] else "see --plain")
+            continue
         group.add_argument("--" + f.name.replace("_", "-"), default=None,
                            help=f.metadata["help"] + default, **more)
     group = parser.add_argument_group("run")
@@ -519,7 +533,7 @@ def settle(args: argparse.Namespace) -> tuple[Settings, Config]:
         s, device=device, dtype=s.dtype or ("float32" if device == "cpu" else "bfloat16"),
         shallow=whole_blocks(7 / 32 if s.shallow is None else s.shallow, config),
         targets=",".join(sets.get(s.targets or next(iter(sets)), [s.targets])),
-        data=s.data or data.TASKS[s.task].source)
+        form=s.form or usual_form(config), data=s.data or data.TASKS[s.task].source)
     check(s, config)
     if s.match_params:
         if "rank" in flags:
@@ -541,6 +555,11 @@ def settle_from(run: Path, flags: dict[str, Any], base: str | None
     s = replace(s, **(more | {k: v for k, v in flags.items() if k != "shallow"}))
     check(s, config)
     return s, config
+
+
+def usual_form(config: Config) -> str:
+    """What one reads is what runs, where that is quick enough."""
+    return "plain" if config.hidden_size < NARROW else "fast"
 
 
 def whole_blocks(shallow: float, config: Config) -> int:
@@ -705,6 +724,7 @@ def read_run(run: Path) -> tuple[Settings, dict[str, Any]]:
     if not isinstance(stored, dict) or not {"model", "method"} <= set(stored) <= names:
         raise UserError(f"{run / 'run.json'}: not written by this version of train.py")
     check_types(run / "run.json", recorded)
+    stored.setdefault("form", "fast")  # what there was before it was a setting
     missing = sorted(names - set(stored))
     if missing:
         print(f"{run / 'run.json'}: of an older version; default taken for {', '.join(missing)}")

@@ -13,7 +13,6 @@ T divides by full fine-tuning at its own best learning rate, averaged over the s
 which the harmonic mean of K and the task's score is highest.
 """
 
-import argparse
 import csv
 import os
 import signal
@@ -32,12 +31,12 @@ from tqdm import tqdm
 import checkpoint
 import data
 import eval as evaluation
+import farss
 import figures
 import plan
-import train
-from baselines import METHODS
 from benchmarks import of_task
 from checkpoint import UserError
+from methods import METHODS
 from results import mean_parts, read_results, scores_in
 from settings import (
     Parser,
@@ -73,6 +72,12 @@ class Job:
         scored = read_results(self.run)["benchmarks"]
         return set(of_task(self.settings.task)) <= set(scored)
 
+    def commands(self) -> list[list[str]]:
+        """What is still to be run of it: train.py, unless that is done, then eval.py."""
+        train = ["train.py", *(["--resume", str(self.run)] if is_run(self.run) else
+                               [*self.flags, "--out", str(self.run)])]
+        return [*([] if finished(self.run) else [train]), ["eval.py", str(self.run)]]
+
     def steps_done(self) -> int:
         log = self.run / "log.jsonl"
         return len(log.read_text().splitlines()) if log.exists() else 0
@@ -95,20 +100,13 @@ def make_job(out: Path, flags: list[str]) -> Job:
 # --------------------------------------------------------------------------------------- running
 
 
-def run_one(run: Path, flags: list[str]) -> None:
-    """Train as far as that is not done, then evaluate; in a process of its own."""
-    if not finished(run):
-        train.main(["--resume", str(run)] if is_run(run) else [*flags, "--out", str(run)])
-    evaluation.main([str(run)])
-
-
-def start(job: Job, threads: int) -> subprocess.Popen:
-    """run_one in a new process, its output in a file beside the run's folder."""
+def start(job: Job, command: list[str], threads: int) -> subprocess.Popen:
+    """A command of the job in a new process, its output in a file beside the run's folder."""
     job.run.parent.mkdir(parents=True, exist_ok=True)
+    script, *arguments = command
     with open(f"{job.run}.log", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, str(HERE / "sweep.py"), "--run-one", str(job.run), "--", *job.flags],
-            stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        return subprocess.Popen([sys.executable, str(HERE / script), *arguments], stdout=log,
+                                stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
 def run_all(jobs: list[Job], parallel: int) -> Iterable[Job]:
@@ -119,7 +117,7 @@ def run_all(jobs: list[Job], parallel: int) -> Iterable[Job]:
     """
     to_do = [job for job in jobs if not job.done()]
     waiting = list(to_do)
-    running: dict[subprocess.Popen, Job] = {}
+    running: dict[subprocess.Popen, tuple[Job, list[list[str]]]] = {}  # and what is to follow
     threads = max(1, (os.cpu_count() or 1) // parallel)
     bar = tqdm(total=sum(job.steps for job in to_do), desc="runs", unit="step", disable=None)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is reached
@@ -127,16 +125,20 @@ def run_all(jobs: list[Job], parallel: int) -> Iterable[Job]:
         while waiting or running:
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
-                running[start(job, threads)] = job
+                first, *rest = job.commands()
+                running[start(job, first, threads)] = job, rest
             time.sleep(0.2)
             bar.update(sum(job.steps_done() for job in to_do) - bar.n)
-            bar.set_postfix_str(", ".join(job.run.name for job in running.values()))
+            bar.set_postfix_str(", ".join(job.run.name for job, _ in running.values()))
             for process in [p for p in running if p.poll() is not None]:
-                job = running.pop(process)
+                job, rest = running.pop(process)
                 if process.returncode:
                     lines = Path(f"{job.run}.log").read_text().strip().splitlines() or [""]
                     raise UserError(f"{job.run} ended with {process.returncode}: {lines[-1]}")
-                yield job
+                if rest:
+                    running[start(job, rest[0], threads)] = job, rest[1:]
+                else:
+                    yield job
     finally:
         bar.close()
         for process in running:
@@ -152,8 +154,10 @@ def run_all(jobs: list[Job], parallel: int) -> Iterable[Job]:
 def base_results(model: str, task: str, out: Path) -> dict:
     """Scores of the untouched model, evaluated once."""
     if not (out / "base" / "results.json").exists():
-        evaluation.main([model, "--benchmarks", ",".join(of_task(task)), "--out",
-                         str(out / "base")])
+        done = subprocess.run([sys.executable, str(HERE / "eval.py"), model, "--benchmarks",
+                               ",".join(of_task(task)), "--out", str(out / "base")])
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
     return read_results(out / "base")
 
 
@@ -173,7 +177,7 @@ def row_of(job: Job, base: dict) -> dict[str, Any]:
     before = {c: scores_in(base)[c] for c in known}
     return {
         "method": s.method, "lr": s.lr, "seed": s.seed, **scores, **mean_parts(results),
-        "K": evaluation.knowledge_score(known, before),
+        "K": farss.knowledge_score(known, before),
         "task_score": mean_score(results, data.TASKS[s.task].group),
         "trainable": results["trainable"],
         "shallow_rank_asked": report.get("shallow_rank_asked", ""),
@@ -188,7 +192,7 @@ def row_of(job: Job, base: dict) -> dict[str, Any]:
 
 def best_rate(rows: list[dict], method: str) -> float | None:
     """The learning rate with the highest harmonic mean of K and the task's score."""
-    means = {lr: evaluation.harmonic_mean(fmean(r["K"] for r in group),
+    means = {lr: farss.harmonic_mean(fmean(r["K"] for r in group),
                                           fmean(r["task_score"] for r in group) / 100)
              for (name, lr), group in figures.by_setting(rows).items() if name == method}
     return max(means, key=lambda lr: means[lr]) if means else None
@@ -226,8 +230,8 @@ def write_results(folder: Path, jobs: list[Job], base: dict) -> list[dict]:
         checkpoint.save_json(folder / "full.json", full)
         whole = scores_in(full, data.TASKS[full["task"]].group)
         for row in rows:
-            row["T"] = evaluation.task_score({name: row[name] for name in whole}, whole)
-            row["KT"] = evaluation.harmonic_mean(row["K"], row["T"])
+            row["T"] = farss.task_score({name: row[name] for name in whole}, whole)
+            row["KT"] = farss.harmonic_mean(row["K"], row["T"])
     if rows:
         with checkpoint.atomic(folder / "results.csv") as temporary, \
                 open(temporary, "w", newline="") as file:
@@ -293,12 +297,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of the runs (default "
                         "runs/sweep-<model>-<task>)")
     parser.add_argument("--results", type=Path, help="folder of the results (default: --out)")
-    parser.add_argument("--run-one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", metavar="FLAG", help="behind --: for train.py")
     args = parser.parse_args(argv)
-    if args.run_one:
-        run_one(args.run_one, args.flags)
-        return
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     common = ["--model", args.model, *args.flags]

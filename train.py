@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,11 +41,10 @@ import eval as evaluation
 import farss
 import figures
 import model as M
-import parallel
 import plan
-from baselines import Given, covariance_sweep, split
 from benchmarks import BENCHMARKS, of_group, of_task, questions
 from checkpoint import UserError
+from methods import Given, OuterSum, covariances, official, split
 from results import best_and_last, epoch_scores
 from settings import (
     AUTO,
@@ -72,6 +71,11 @@ from settings import (
     write_run,
 )
 
+if os.environ.get("WORLD_SIZE", "1") == "1":
+    import alone as parallel
+else:  # torchrun has started several processes
+    from fast import distributed as parallel  # type: ignore[no-redef]
+
 FUSED = ("cuda",)  # where AdamW is one kernel: on a CPU it gains nothing
 Initial = dict[str, tuple[Tensor, Tensor]]  # layer: A0, B0, taken out of W
 Starts = dict[str, M.Start]
@@ -94,17 +98,13 @@ def initialise(model: M.Model, s: Settings, examples: list[data.Example]) -> tup
     with M.products(model):
         starts, report = STARTS[s.how.needs](model, s, examples)
     starts = {name: parallel.same(start) for name, start in starts.items()}  # to the bit
-    lost = M.attach(model, starts, layer_scaling(s, starts), s.dropout, s.residual)
+    scaling = official.layer_scaling(s.alpha, starts) if s.official else s.scaling
+    lost = M.attach(model, starts, scaling, s.dropout, s.residual)
     freeze(model, s)
     for name, layer in report["layers"].items():
         layer["residual_rounding"] = lost[name]
     return {n: (x.A0, x.B0) for n, x in starts.items()
             if x.A0 is not None and x.B0 is not None}, report
-
-
-def layer_scaling(s: Settings, starts: Starts) -> float | dict[str, float]:
-    """α / R for all layers; in the official code α over each layer's own rank."""
-    return {n: s.alpha / len(x.A) for n, x in starts.items()} if s.official else s.scaling
 
 
 def freeze(model: M.Model, s: Settings) -> None:
@@ -117,9 +117,29 @@ def freeze(model: M.Model, s: Settings) -> None:
             p.requires_grad_(False)
 
 
+def fast_form(s: Settings) -> Any:
+    """The package fast where the start takes it, else None: then it is not needed at all."""
+    if s.form != "fast":
+        return None
+    import fast
+
+    return fast
+
+
 def start_inputs(s: Settings) -> Given:
-    """What the starts of baselines.py take; with --official nothing makes up for the scaling."""
-    return Given(1.0 if s.official else s.scaling, torch.Generator().manual_seed(s.seed))
+    """What the starts of methods/ take; with --official nothing makes up for the scaling."""
+    fast = fast_form(s)
+    return Given(1.0 if s.official else s.scaling, torch.Generator().manual_seed(s.seed),
+                 fast.svd if fast else farss.svd)
+
+
+@contextmanager
+def block_bar(model: M.Model, desc: str, total: int) -> Iterator[None]:
+    """A progress bar that counts how often a block of the model runs."""
+    with tqdm(total=total, desc=desc, leave=False, disable=None) as bar, ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.callback(block.register_forward_hook(lambda *_: bar.update() and None).remove)
+        yield
 
 
 def start_of(s: Settings, W: Tensor, what: Given) -> M.Start:
@@ -144,12 +164,12 @@ def calibration_batches(s: Settings, examples: list[data.Example]) -> list[dict[
     picked = [examples[i] for i in data.draw(len(examples), s.calibration_examples, s.seed + 1)]
     batches = [data.collate(b, s.device or "cpu") for b in data.batches_by_length(
         picked, lambda e: len(e.ids), calibration_batch(s, examples))]
-    return [pad_and_count(b, s.max_length) for b in batches] if s.official else batches
+    return [official.pad_and_count(b, s.max_length) for b in batches] if s.official else batches
 
 
 def calibration_batch(s: Settings, examples: list[data.Example]) -> int:
     longest = max((len(e.ids) for e in examples), default=1)
-    return 2 if s.official else plan.calibration_batch(longest)
+    return official.CALIBRATION_BATCH if s.official else plan.calibration_batch(longest)
 
 
 def calibration_loss(s: Settings) -> farss.Loss:
@@ -157,16 +177,28 @@ def calibration_loss(s: Settings) -> farss.Loss:
     if s.fisher == "sampled":
         seed = s.seed + 1_000_003 * parallel.rank()  # each process draws labels of its own
         return farss.sampled_loss(torch.Generator(s.device or "cpu").manual_seed(seed))
-    return farss.batch_mean_loss if s.official else farss.summed_loss
+    return official.batch_mean_loss if s.official else farss.summed_loss
 
 
-def pad_and_count(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """The batch padded to `length` tokens, all of them real by the mask."""
-    missing = length - batch["input_ids"].shape[1]
-    ids, labels = nn.functional.pad(batch["input_ids"], (0, missing)), batch["labels"]
-    if labels.ndim == 2:  # a classifier has one a sequence
-        labels = nn.functional.pad(labels, (0, missing), value=M.IGNORE)
-    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+def counting_first_tokens(loss: farss.Loss, names: list[str], found: dict[str, Tensor]
+                          ) -> farss.Loss:
+    """The loss, which adds to found[layer] what its forward passes show of Tr Σ_h besides:
+    (Σ ‖h‖² of the first tokens, BOS if there is one; of all real tokens)."""
+
+    def counting(model: Any, batch: farss.Batch) -> Tensor:
+        real = batch["attention_mask"].bool()
+
+        def add(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            size = M.at_least_fp32(args[0].detach()).pow(2).sum(-1)  # (b, t)
+            found[name] = found.get(name, 0) + torch.stack([size[:, 0].sum(), size[real].sum()])
+
+        with ExitStack() as hooks:
+            for name in names:
+                layer = model.get_submodule(name)
+                hooks.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
+            return loss(model, batch)
+
+    return counting
 
 
 def calibration_set(s: Settings, examples: list[data.Example], tokenizer: checkpoint.Tokenizer
@@ -183,45 +215,76 @@ def calibration_set(s: Settings, examples: list[data.Example], tokenizer: checkp
 def start_from_covariance(model: M.Model, s: Settings, examples: list[data.Example]
                           ) -> tuple[Starts, dict]:
     """Adapters of a method that needs the covariance of every layer's inputs."""
-    what, found = start_inputs(s), {}
+    what, found, fast = start_inputs(s), {}, fast_form(s)
     batches, reduce = parallel.deal(calibration_batches(s, examples))
+    at_once = plan.blocks_at_once(s, model.config, 0, plan.device_memory(s.device))
+    passes = -(-len(model.blocks) // at_once)
     try:
-        for Cs in covariance_sweep(model, batches, s.layers(model),
-                                   partial(tqdm, leave=False, disable=None), reduce):
-            for name, C in Cs.items():
-                W = model.get_parameter(f"{name}.weight")
-                found[name] = start_of(s, W, what._replace(C=C))
+        with block_bar(model, "covariance", passes * len(model.blocks) * len(batches)):
+            for Cs in covariances(model, batches, s.layers(model), run_body, at_once,
+                                  fast.OuterSum if fast else OuterSum, reduce):
+                for name, C in Cs.items():
+                    W = model.get_parameter(f"{name}.weight")
+                    found[name] = start_of(s, W, what._replace(C=C))
     except ValueError as error:
         raise UserError(f"{s.model}: {error}") from None
     starts = {name: found[name] for name in s.layers(model)}
     return starts, {"layers": {n: {"r": len(x.A)} for n, x in starts.items()}}
 
 
+def run_body(model: M.Model, batch: farss.Batch) -> None:
+    """All blocks forward; no head, whose output a covariance does not need."""
+    mask = batch["attention_mask"] if model.config.labels else None  # padding is on the right
+    model.body(batch["input_ids"], mask)
+
+
 def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
                       ) -> tuple[Starts, dict]:
     """FARSS's adapters, and what ranks.json says of them."""
-    batches, reduce = parallel.deal(calibration_batches(s, examples))
+    batches, fast = calibration_batches(s, examples), fast_form(s)
+    first: dict[str, Tensor] = {}
     kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
-    need = plan.initialisation_memory(s, model.config, 0) | {"kept inputs": kept}
+    need = plan.initialisation_memory(s, model.config, 0, fast) | {"kept inputs": kept}
     keep_on = None if plan.leaves_room(need, plan.device_memory(s.device)) else "cpu"
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
+    measure: Any = farss.measure
+    if fast:  # farss.py knows of one process alone: there, each measures on all batches
+        batches, reduce = parallel.deal(batches)
+        measure = partial(fast.measure, reduce=reduce, each=parallel.each)
+    names = s.layers(model)
+    loss = counting_first_tokens(calibration_loss(s), names, first)
+    depths = [farss.block_index(name) for name in names]
+    runs = len(model.blocks) + len(model.blocks) - 1 - min(depths)
     try:
-        measured = farss.measure(model, batches, s.layers(model), s.budget, calibration_loss(s),
-                                 keep_on=keep_on, progress=partial(tqdm, leave=False, disable=None),
-                                 reduce=reduce, each=parallel.each)
+        with block_bar(model, "K-FAC by block", runs * len(batches)):
+            measured = measure(model, batches, names, s.budget, loss, keep_on)
     except ValueError as error:  # a checkpoint or activations that are not finite
         raise UserError(f"{s.model}: {error}") from None
-    layers = farss.build_adapters(measured, s.budget, start_inputs(s).scaling)
-    shallow = [layer for layer in layers.values() if layer.shallow]
-    return {n: split(layer.A, layer.B) for n, layer in layers.items()}, {
+    adapters = farss.build_adapters(measured, s.budget, start_inputs(s).scaling)
+    if fast:
+        first = {name: reduce(sizes) for name, sizes in first.items()}
+    return ({n: split(x.A, x.B) for n, x in adapters.items()},
+            fisher_report(s, measured, adapters, first))
+
+
+def fisher_report(s: Settings, measured: dict[str, farss.Measurement],
+                  adapters: dict[str, farss.Adapter], first: dict[str, Tensor]) -> dict:
+    """What ranks.json says of FARSS's adapters; and "spectra", {layer: (σ, s, taken)}."""
+    shallow = [x for x in adapters.values() if x.shallow]
+    spectra = {}
+    for name, x in measured.items():
+        taken = torch.zeros_like(x.sigma)
+        taken[adapters[name].index] = 1
+        spectra[name] = torch.stack([x.sigma.float(), x.s.float(), taken.float()])
+    return {
         "shallow_blocks": s.budget.shallow,
-        "shallow_rank_asked": s.r_avg * len(shallow),  # Eq. 10
-        "shallow_rank_obtained": sum(layer.rank for layer in shallow),
-        "layers": {n: {"I": layer.importance, "r_raw": layer.r_raw, "r": layer.rank,
-                       "shallow": layer.shallow, "first_token_share": layer.first_token_share}
-                   for n, layer in layers.items()},
-        "spectra": {n: layer.spectrum for n, layer in layers.items()},
+        "shallow_rank_asked": farss.rank_budget(s.r_avg, len(shallow)),  # Eq. 10
+        "shallow_rank_obtained": sum(len(x.A) for x in shallow),
+        "layers": {n: {"I": x.importance, "r_raw": x.r_raw, "r": len(x.A), "shallow": x.shallow,
+                       "first_token_share": (first[n][0] / first[n][1]).item()}
+                   for n, x in adapters.items()},
+        "spectra": spectra,
     }
 
 
@@ -537,7 +600,7 @@ def find_boundary(folder: Path, s: Settings, examples: list[data.Example],
     best = max(x["fall"] for x in tried)
     for x in tried:
         x["T"] = x["fall"] / best if best > 0 else 0.0
-        x["KT"] = evaluation.harmonic_mean(x["K"], max(0.0, x["T"]))
+        x["KT"] = farss.harmonic_mean(x["K"], max(0.0, x["T"]))
         print(f"boundary {x['shallow']}: K {x['K']:.3f}, T {x['T']:.3f}, KT {x['KT']:.3f}")
     return max(tried, key=lambda x: x["KT"])["shallow"], tried
 
@@ -602,13 +665,15 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
             begun.append(run)
         rows = (data.read_rows(s.data, data.TASKS[s.task].source)
                 if not args.dry_run or data.is_local(s.data) else [])
-        planned = plan.make(s, config, args.memory and args.memory * 1e9, len(rows))
+        planned = plan.make(s, config, args.memory and args.memory * 1e9, len(rows), fast_form(s))
         print("\n".join(origins(s, config, given(args), args.from_run)))
         if args.dry_run:
             plan.show(s, planned, known_as(s.model, config))
             return
         if warning := plan.dropout_note(s):
             print(f"dropout {warning}")
+        if form := plan.form_note(s, planned):
+            print(f"start by {form}")
         s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
         again = read_run(args.from_run)[1] if args.from_run else {}
         folder = (base_of(args.from_run, s, again, args.base) if args.from_run else

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import checkpoint  # noqa: E402
-import eval as evaluation  # noqa: E402
+import farss  # noqa: E402
 import figures  # noqa: E402
 import sweep  # noqa: E402
 from settings import PRESETS, Parser, run_main  # noqa: E402
@@ -97,8 +97,8 @@ def write_csv(stored: dict[tuple[str, ...], dict], jobs: dict[tuple[str, ...], s
     for name, job in jobs.items():
         if job.done():
             row = sweep.row_of(job, base)
-            row["T"] = evaluation.task_score({b: row[b] for b in whole}, whole)
-            row["KT"] = evaluation.harmonic_mean(row["K"], row["T"])
+            row["T"] = farss.task_score({b: row[b] for b in whole}, whole)
+            row["KT"] = farss.harmonic_mean(row["K"], row["T"])
             rows[name] = dict(zip(("shows", "variant", "flags", "seed"), name, strict=True)) | {
                 c: round(row[c], 4) if isinstance(row[c], float) and c != "lr" else row[c]
                 for c in ("method", "lr", *COLUMNS)}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from baselines import METHODS
 from tiny import KINDS, tiny_batch, tiny_llama, write_checkpoint, write_data
 
 import checkpoint as C
@@ -17,7 +18,6 @@ import eval as E
 import farss
 import model as M
 import train
-from baselines import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -33,7 +33,7 @@ import export
 import model as M
 import settings as S
 import train
-from baselines import METHODS
+from methods import METHODS
 from model import ENCODER_TARGETS
 
 FP32, BF16 = torch.float32, torch.bfloat16

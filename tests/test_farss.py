@@ -2,7 +2,6 @@
 
 import gc
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -25,6 +24,13 @@ def llama64(**settings):
     return tiny_llama(dtype=torch.float64, **(dict(num_hidden_layers=2) | settings))
 
 
+def listen(sums, model, batches):
+    """The forward and backward passes that the hooks of `kfac_hooks` listen to."""
+    for batch in batches:
+        sums.start(batch)
+        model.loss(**batch)[0].backward()
+
+
 def rows_of(data, rows):
     return {key: value[rows] for key, value in data.items()}
 
@@ -41,19 +47,18 @@ def same_factors(mine, theirs):
 
 def by_retain_grad(model, data, names):
     """{name: (Σ_h, Σ_δ)} the plain way: sequence by sequence, cut to its real tokens, so that no
-    padding exists; h and δ of every token kept. Also the share of the first tokens in Tr Σ_h."""
+    padding exists; h and δ of every token kept."""
     texts = [{"input_ids": ids[mask.bool()][None], "labels": labels[mask.bool()][None]}
              for ids, labels, mask in zip(*(data[k] for k in ("input_ids", "labels",
                                                               "attention_mask")), strict=True)]
-    factors, share = {}, {}
+    factors = {}
     for name, (h, delta) in retained(model, texts, names).items():
         H, D = torch.cat(h), torch.cat(delta)
         close(D.T @ H, model.get_submodule(name).weight.grad)  # Σ_t δ hᵀ is the weight's gradient
         factors[name] = (torch.einsum("ti,tj->ij", H, H) / len(H),
                          torch.einsum("ti,tj->ij", D, D) / len(D))
-        share[name] = (sum(x[0].pow(2).sum() for x in h) / H.pow(2).sum()).item()
     model.zero_grad(set_to_none=True)
-    return factors, share
+    return factors
 
 
 @pytest.mark.parametrize("setting", [{}, dict(attention_bias=True, mlp_bias=True),
@@ -62,12 +67,11 @@ def by_retain_grad(model, data, names):
 def test_factors_equal_an_explicit_loop_over_unpadded_sequences(setting):
     model, data = llama64(**setting), tiny_batch(ROWS)
     names = M.linear_names(model, SEVEN)
-    expected, share = by_retain_grad(llama64(**setting), data, names)
+    expected = by_retain_grad(llama64(**setting), data, names)
     same_factors(farss.kfac_factors(model, [data], names), expected)
     with farss.kfac_hooks(model, names) as sums:
-        farss.collect(sums, model, [rows_of(data, [0, 2]), rows_of(data, [1, 3])])
-        assert sums.tokens == 43
-        assert sums.first_token_share() == pytest.approx(share)
+        listen(sums, model, [rows_of(data, [0, 2]), rows_of(data, [1, 3])])
+        assert set(sums.tokens.values()) == {43}
 
 
 class TwoLinear(nn.Module):
@@ -145,23 +149,8 @@ def test_padding_is_known_by_the_mask_not_by_its_id():
         data["input_ids"][i, [1, prompt + response - 1]] = eos
         data["labels"][i, prompt + response - 1] = eos
     names = M.linear_names(model, ["q_proj", "down_proj"])
-    expected, _ = by_retain_grad(llama64(), data, names)
+    expected = by_retain_grad(llama64(), data, names)
     same_factors(farss.kfac_factors(model, [padded_to(data, 15, pad=eos)], names), expected)
-
-
-def test_layers_with_one_input_share_one_sigma_h():
-    model, data = llama64(), tiny_batch(ROWS)
-    factors = farss.kfac_factors(model, [data], M.linear_names(model, SEVEN))
-    groups = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
-              ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
-    owners = []
-    for block in range(2):
-        for group in groups:
-            held = {id(factors[f"model.layers.{block}.{leaf}"][0]) for leaf in group}
-            assert len(held) == 1
-            owners += held
-    assert len(set(owners)) == 8  # nothing else is shared
-    assert len({id(delta) for _, delta in factors.values()}) == 14
 
 
 def test_any_subset_in_any_order_gives_the_same_factors():
@@ -216,11 +205,11 @@ def test_hooks_requires_grad_and_train_mode_are_restored(training):
     weights = [p.clone() for p in model.parameters()]
     with farss.kfac_hooks(model, names) as sums:
         assert state(model)[0] == names and not any(state(model)[1] + state(model)[3])
-        farss.collect(sums, model, [data])
+        listen(sums, model, [data])
         assert not state(model)[2]  # the backward pass computed no weight gradient
     assert state(model) == before
     with pytest.raises(KeyboardInterrupt), farss.kfac_hooks(model, names) as sums:
-        sums.start(data["attention_mask"])
+        sums.start(data)
         model.loss(**data)
         raise KeyboardInterrupt
     assert state(model) == before
@@ -287,23 +276,24 @@ def test_sampled_loss_is_deterministic_under_a_generator():
 def test_block_index():
     for name, block in [("model.layers.3.mlp.up_proj", 3), ("layers.0.mlp.up_proj", 0),
                         ("model.layers.12.self_attn.q_proj", 12),
-                        ("roberta.encoder.layer.3.output.dense", 3)]:
+                        ("roberta.encoder.layer.3.output.dense", 3), ("transformer.h.7.mlp.fc", 7),
+                        ("model.layers.2.mlp.experts.5.up_proj", 2)]:
         assert farss.block_index(name) == block
-    for name in ("lm_head", "model.embed_tokens", "model.players.3.up_proj", "layers.up_proj.3"):
+    for name in ("lm_head", "model.embed_tokens", "model.layers3.up_proj", "layers.up_proj.3"):
         with pytest.raises(ValueError, match=name):
             farss.block_index(name)
 
 
-# ------------------------------------------------------------------- the sweep through the blocks
+# -------------------------------------------------------------------------------- block by block
 
 
-def by_sweep(model, batches, names, **options):
-    """All that the sweep yields, in one dict each."""
-    factors, share = {}, {}
-    for some, part in farss.sweep(model, batches, names, **options):
-        factors |= some
-        share |= part
-    return factors, share
+def by_block(model, batches, names, **options):
+    """All that factors_by_block yields, in one dict."""
+    found = {}
+    for some in farss.factors_by_block(model, batches, names, **options):
+        assert not found.keys() & some.keys()
+        found |= some
+    return found
 
 
 def two_batches():
@@ -319,208 +309,26 @@ def two_batches():
                                      dict(num_attention_heads=3, num_key_value_heads=1,
                                           hidden_size=24), MISTRAL, GEMMA2],
                          ids=["plain", "biases", "tied", "three heads", "mistral", "gemma2"])
-def test_sweep_gives_the_factors_of_the_whole_model(setting, targets):
+def test_block_by_block_gives_the_factors_of_the_whole_model(setting, targets):
     model = llama64(num_hidden_layers=3, **setting)
     names = M.linear_names(model, targets)
-    factors, share = by_sweep(model, two_batches(), names)
+    factors = by_block(model, two_batches(), names)
     expected = farss.kfac_factors(model, two_batches(), names)
     assert factors.keys() == expected.keys()
     for name in names:
         for mine, theirs in zip(factors[name], expected[name], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
-    with farss.kfac_hooks(model, names) as sums:
-        farss.collect(sums, model, two_batches())
-        assert share == pytest.approx(sums.first_token_share())
-
-
-@pytest.mark.parametrize("way", ["own pass", "W X", "summed first"])
-@pytest.mark.parametrize("setting", [{}, dict(attention_bias=True), MISTRAL, GEMMA2],
-                         ids=["plain", "biases", "mistral", "gemma2"])
-def test_sweep_along_directions_gives_the_factors_seen_from_there(setting, way, monkeypatch):
-    """F and B against Σ_h, Σ_δ and W multiplied out; of every second layer, so that q, k, v and
-    gate, up have one of each kind between them, and by turns F and B in stripes or their
-    diagonals; summed first, they are whole, and in the basis of W's smaller side."""
-    monkeypatch.setattr(farss, "STRIPE", 10)
-    model = llama64(num_hidden_layers=3, intermediate_size=12, **setting)  # gate lies, down stands
-    names = M.linear_names(model, SEVEN)
-    weights = {n: model.get_submodule(n).weight.detach() for n in names}
-    chosen = {n: farss.Directions.of(weights[n]).X for n in names[::2]}
-    asked = []
-
-    def along(block):
-        asked.extend(block)
-        return {name: farss.look_along(
-            WithDtype(weights[name], torch.bfloat16) if way == "W X" else weights[name],
-            chosen[name], squares(name), way == "summed first") for name in block if name in chosen}
-
-    def squares(name):
-        return list(chosen).index(name) % 2 == 1
-
-    found, share = by_sweep(model, two_batches(), names, along=along)
-    factors, expected_share = by_sweep(model, two_batches(), names)
-    assert sorted(asked) == sorted(names) and share == pytest.approx(expected_share)
-    for name in names:
-        expected = Sigma_h, Sigma_delta = factors[name]
-        if name in chosen:
-            W, X = weights[name], chosen[name]
-            m, n = W.shape
-            if way == "summed first":
-                X = torch.eye(len(X), dtype=X.dtype)
-            across = W @ X if m >= n else W.T @ X
-            expected = ((X.T @ Sigma_h @ X, across.T @ Sigma_delta @ across) if m >= n else
-                        (across.T @ Sigma_h @ across, X.T @ Sigma_delta @ X))
-            if way != "summed first":
-                expected = [x.diagonal() if squares(name) else torch.cat(
-                    [x[i:j, :j].flatten() for i, j in farss.stripes(len(x))]) for x in expected]
-        for mine, theirs in zip(found[name], expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-14)
-
-
-def test_layers_that_read_the_same_share_what_is_summed_first():
-    """q, k and v one sum, as in kfac_factors; of down, that lies, W h is its own."""
-    model = llama64(num_key_value_heads=4)
-    names = [n for n in M.linear_names(model, SEVEN) if farss.block_index(n) == 1]
-    along = {n: farss.look_along(model.get_submodule(n).weight, torch.zeros(0), True, summed=True)
-             for n in names}
-    with farss.kfac_hooks(model, names, along) as sums:
-        farss.collect(sums, model, two_batches())
-        assert [n.rpartition(".")[2] for n in sums.forward] == [
-            "q_proj", "o_proj", "gate_proj", "down_proj"]
-        assert len(sums.backward) == len(sums.factors()) == 7
-
-
-@pytest.mark.parametrize("k, tokens, cheaper", [
-    (4096, 10_922, False), (4096, 10_923, True), (2048, 8192, False), (2048, 8193, True),
-    (1024, 10**9, False)])
-def test_tokens_are_summed_first_where_that_takes_fewer_products(k, tokens, cheaper):
-    """10,922 2/3 = 4096³ / (4096² - 2560 · 4096); up to a width of 1024 there is one stripe."""
-    name = "model.layers.1.mlp.up_proj"
-    for end in farss.ENDS:
-        deep, shallow = (farss.Budget(blocks, 128, 4, 4, 4, end) for blocks in (1, 2))
-        assert farss.sums_first(deep, name, k, tokens) is (cheaper and end != "low")
-        assert not farss.sums_first(shallow, name, k, tokens)
-
-
-def test_tokens_of_all_processes_decide_what_is_summed_first(monkeypatch):
-    seen = []
-    monkeypatch.setattr(farss, "sums_first", lambda *args: seen.append(args[3]))
-    model = llama64(num_hidden_layers=1)
-    farss.measure(model, two_batches(), M.linear_names(model, SEVEN), farss.Budget(0, 2, 1, 1, 1),
-                  reduce=lambda x: 3 * x)
-    real = sum(int(batch["attention_mask"].sum()) for batch in two_batches())
-    assert set(seen) == {3 * real}
-
-
-def test_products_of_bf16_are_as_short_as_they_may_be(monkeypatch):
-    """The setting while they run, that after, and what comes out beside fp64; where the CPU has no
-    units for bf16 the setting changes nothing."""
-    inner, seen, setting = farss.add_to_stripes, [], torch.get_float32_matmul_precision
-    monkeypatch.setattr(farss, "add_to_stripes",
-                        lambda *args: (seen.append(setting()), inner(*args)))
-    before = setting()
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        rows, sums = torch.randn(300, 70).to(dtype), {}
-        farss.add_outer(sums, "x", rows)
-        assert sums["x"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        torch.testing.assert_close(sums["x"].double(), rows.double().T @ rows.double(), rtol=1e-5,
-                                   atol=1e-4)
-    assert seen == ["medium", "highest", "highest"] and setting() == before == "highest"
-    monkeypatch.setattr(farss, "add_to_stripes", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        farss.add_outer({}, "x", torch.ones(1, 1, dtype=torch.bfloat16))
-    assert setting() == before
-
-
-class WithDtype(NamedTuple):
-    """An fp64 weight that says it is bf16, so that look_along's other way can be exact."""
-
-    W: torch.Tensor
-    dtype: torch.dtype
-
-    @property
-    def shape(self):
-        return self.W.shape
-
-    def float(self):
-        return self.W
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("small, stripe", [(1, farss.STRIPE), (farss.SMALL, 20)],
-                         ids=["one side", "both sides, in stripes"])
-@pytest.mark.parametrize("first", [False, True], ids=["by token", "summed first"])
-def test_measure_is_eq8_and_13_to_15_of_the_factors(monkeypatch, dtype, small, stripe, first):
-    """Importance, scores and the candidates' U Σ Vᵀ against measure_layer on kfac_factors."""
-    model = llama64(num_hidden_layers=3).to(dtype)
-    names, batches = M.linear_names(model, SEVEN), two_batches()
-    budget = farss.Budget(2, 3, 2, 1, 4)
-    factors = farss.kfac_factors(model, batches, names)
-    plain = {n: farss.measure_layer(n, model.get_submodule(n).weight.detach(), *factors[n], budget,
-                                    0.0) for n in names}
-    monkeypatch.setattr(farss, "SMALL", small)
-    monkeypatch.setattr(farss, "STRIPE", stripe)
-    monkeypatch.setattr(farss, "sums_first", lambda budget, name, *_: first and
-                        not budget.is_shallow(name))
-    tolerance = 1e-8 if dtype == torch.float64 else 2e-3
-    if first and dtype == torch.bfloat16:  # the rounding of the model's own W h and Wᵀ δ
-        tolerance = 5e-2
-    for name, mine in farss.measure(model, batches, names, budget).items():
-        theirs = plain[name]
-        assert mine.S.dtype == (dtype if dtype == torch.float64 else torch.float32)
-        top = theirs.s.max().item()  # scores of one layer go over many decades
-        torch.testing.assert_close(mine.s, theirs.s, rtol=tolerance, atol=1e-6 * tolerance * top)
-        if budget.is_shallow(name):
-            assert mine.importance == pytest.approx(theirs.importance, rel=tolerance)
-        else:
-            assert mine.importance is None
-        torch.testing.assert_close(mine.U * mine.S @ mine.Vh, theirs.U * theirs.S @ theirs.Vh,
-                                   rtol=tolerance, atol=1e-10 if dtype == torch.float64 else 1e-5)
-
-
-@pytest.mark.parametrize("width", [1, 4, 5, 12, 13])
-def test_a_symmetric_sum_in_stripes_is_the_whole_sum(monkeypatch, width):
-    monkeypatch.setattr(farss, "STRIPE", 4)
-    rows, sums = torch.randn(2, 7, width, dtype=torch.float64), {}
-    for part in rows:
-        farss.add_outer(sums, "x", part)
-    farss.mirror(sums["x"])
-    close(sums["x"], torch.einsum("bti,btj->ij", rows, rows))
-
-
-@pytest.mark.parametrize("width", [1, 4, 5, 12, 13])
-def test_kept_stripes_give_the_trace_and_the_diagonals(monkeypatch, width):
-    monkeypatch.setattr(farss, "STRIPE", 4)
-    rows, sums, squares = torch.randn(2, 2, 7, width, dtype=torch.float64), {}, {}
-    for name, parts in zip("FB", rows, strict=True):
-        for part in parts:
-            farss.add_moment(sums, name, part, squares=False)
-            farss.add_moment(squares, name, part.clone(), squares=True)
-    whole = torch.einsum("kbti,kbtj->kij", rows, rows)
-    assert {len(x) for x in sums.values()} == {farss.size_of_stripes(width)}
-    trace, F, B = farss.trace_and_diagonals(sums["F"], sums["B"], width)
-    assert trace == pytest.approx((whole[0] @ whole[1]).trace().item(), rel=1e-12)
-    for found, name, total in zip((F, B), "FB", whole, strict=True):
-        close(found, total.diagonal())
-        close(squares[name], total.diagonal())
-
-
-def test_wide_layers_give_the_same_factors_in_stripes(monkeypatch):
-    model = llama64()
-    names = M.linear_names(model, SEVEN)
-    expected = farss.kfac_factors(model, two_batches(), names)
-    monkeypatch.setattr(farss, "STRIPE", 10)
-    same_factors(farss.kfac_factors(model, two_batches(), names), expected)
 
 
 @pytest.mark.parametrize("blocks", [[0], [1], [2], [0, 2]])
-def test_sweep_over_some_blocks_only(blocks):
+def test_some_blocks_only(blocks):
     model = llama64(num_hidden_layers=3)
     names = [n for n in M.linear_names(model, SEVEN) if farss.block_index(n) in blocks]
-    same_factors(by_sweep(model, two_batches(), names)[0],
+    same_factors(by_block(model, two_batches(), names),
                  farss.kfac_factors(model, two_batches(), names))
 
 
-def test_sweep_takes_other_losses_and_another_place_for_the_inputs():
+def test_block_by_block_takes_other_losses_and_another_place_for_the_inputs():
     model = llama64()
     names = M.linear_names(model, SEVEN)
 
@@ -528,11 +336,11 @@ def test_sweep_takes_other_losses_and_another_place_for_the_inputs():
         return farss.sampled_loss(torch.Generator().manual_seed(3))
 
     expected = farss.kfac_factors(model, two_batches(), names, drawn())
-    same_factors(by_sweep(model, two_batches(), names, loss=drawn(), keep_on="cpu")[0], expected)
+    same_factors(by_block(model, two_batches(), names, loss=drawn(), keep_on="cpu"), expected)
 
 
 def test_kept_inputs_and_gradients_go_where_they_are_told(monkeypatch):
-    """One move for what goes into each block, and one for each gradient handed down."""
+    """One move for what goes into each block but the last, and one for each gradient."""
     model, moved, move = tiny_llama(num_hidden_layers=3), [], torch.Tensor.to
 
     def watched(self, *args, **kwargs):
@@ -541,27 +349,19 @@ def test_kept_inputs_and_gradients_go_where_they_are_told(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", watched)
     names = M.linear_names(model, SEVEN)
-    by_sweep(model, two_batches(), names)
+    by_block(model, two_batches(), names)
     assert not moved
-    by_sweep(model, two_batches(), names, keep_on="cpu")
-    assert len(moved) == 2 * 3 + 2 * 2 and {s[-1] for s in moved} == {32}
-
-
-def test_a_second_look_at_the_factors_changes_nothing():
-    model, data = llama64(), tiny_batch(ROWS)
-    names = M.linear_names(model, SEVEN)
-    with farss.kfac_hooks(model, names) as sums:
-        farss.collect(sums, model, [data])
-        first = {n: [f.clone() for f in pair] for n, pair in sums.factors().items()}
-        same_factors(sums.factors(), first)
+    by_block(model, two_batches(), names, keep_on="cpu")
+    assert len(moved) == 2 * 2 + 2 * 2 and {s[-1] for s in moved} == {32}
 
 
 def test_a_name_beyond_the_last_block_is_an_error():
-    with pytest.raises(ValueError, match=r"layers\.7\..*has 4 blocks"):
-        list(farss.sweep(tiny_llama(), two_batches(), ["model.layers.7.mlp.up_proj"]))
+    with pytest.raises(AttributeError, match="7"):
+        farss.measure(tiny_llama(), two_batches(), ["model.layers.7.mlp.up_proj"],
+                      farss.Budget(**SETTINGS))
 
 
-def test_sweep_runs_every_block_but_the_last_twice_forward_and_all_once_backward():
+def test_every_block_but_the_last_runs_twice_forward_and_all_once_backward():
     model, counts = tiny_llama(num_hidden_layers=5), {}
     for i, block in enumerate(model.blocks):
         counts[i] = [0, 0]
@@ -573,7 +373,7 @@ def test_sweep_runs_every_block_but_the_last_twice_forward_and_all_once_backward
 
         block.register_forward_hook(forward)
     batches = [*two_batches(), *two_batches()]
-    by_sweep(model, batches, M.linear_names(model, SEVEN))
+    by_block(model, batches, M.linear_names(model, SEVEN))
     assert counts == {i: [(1 if i == 4 else 2) * len(batches), len(batches)] for i in range(5)}
 
 
@@ -582,27 +382,6 @@ def living(size):
     gc.collect()  # what was made before gc.freeze() is not looked at
     return len({t.untyped_storage().data_ptr() for t in gc.get_objects()
                 if issubclass(type(t), torch.Tensor) and t.numel() >= size})
-
-
-def test_nothing_of_a_block_survives_its_turn():
-    """A turn begins with the kept inputs of the blocks to come, one gradient a batch, no moment and
-    the block's own U and V; within it there are in a shallow block F and B of its layers, in a deep
-    one nothing of that size, and the inputs that are used up are gone."""
-    blocks, batches = 6, two_batches() * 3
-    model = tiny_llama(num_hidden_layers=blocks, intermediate_size=33)
-    size = 16 * 16  # k and v have the smallest moments
-    seen: list[int] = []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, args: seen.append(living(size)))
-    gc.freeze()
-    farss.measure(model, batches, M.linear_names(model, SEVEN), farss.Budget(1, 2, 1, 1, 2))
-    gc.unfreeze()
-    turns = [seen[k : k + 6] for k in range(6 * (blocks - 1), len(seen), 6)]
-    for below, turn in zip(range(blocks - 1, -1, -1), turns, strict=True):
-        gradients = 6 if below < blocks - 1 else 0
-        assert turn[0] == 6 * (below + 1) + gradients + 14
-        held = 14 + (14 if below < 1 else 0)  # U and V of seven layers, F and B
-        assert turn[-1] <= 6 * below + 6 + held + 4
 
 
 @pytest.mark.parametrize("at", [1, 7, 12, 20, 30])
@@ -632,25 +411,13 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(at, error):
         equal(after[name].S, x.S)
 
 
-def test_the_sweep_leaves_the_model_as_it_was_between_two_blocks():
+def test_the_model_is_as_it_was_between_two_blocks():
     model = tiny_llama(num_hidden_layers=3).train()
     before, seen = state(model), 0
-    for _ in farss.sweep(model, two_batches(), M.linear_names(model, SEVEN)):
+    for _ in farss.factors_by_block(model, two_batches(), M.linear_names(model, SEVEN)):
         assert state(model) == before
         seen += 1
     assert seen == 3
-
-
-def test_progress_is_called_for_the_batches_and_the_blocks():
-    model, calls = tiny_llama(num_hidden_layers=3), []
-
-    def progress(items, desc):
-        calls.append((desc, len(items)))
-        return items
-
-    farss.measure(model, two_batches(), M.linear_names(model, SEVEN), farss.Budget(**SETTINGS),
-                  progress=progress)
-    assert calls == [("forward", 2), ("K-FAC by block", 3)]
 
 
 # --------------------------------------------------------------------------------- the whole method
@@ -667,7 +434,7 @@ def initialise(model, batches, names, scaling=1.0, loss=farss.summed_loss, **ran
 
 def written_out(model, data, names, shallow, R, r_avg, r_min, r_max):
     """{name: (rank, Σ σ u vᵀ over its directions, I)} in numpy, from the factors of the loop."""
-    factors, _ = by_retain_grad(model, data, names)
+    factors = by_retain_grad(model, data, names)
     numbers = {n: [x.detach().numpy() for x in (model.get_submodule(n).weight, *factors[n])]
                for n in names}
     I = {n: np.trace(D @ W @ H @ W.T) / W.size for n, (W, H, D) in numbers.items()}  # noqa: E741
@@ -701,7 +468,7 @@ def test_initialise_equals_the_paper_written_out(change, scaling):
     assert list(layers) == names
     for name, layer in layers.items():
         rank, product, importance = expected[name]
-        assert layer.rank == rank == layer.A.shape[0] == layer.B.shape[1]
+        assert rank == layer.A.shape[0] == layer.B.shape[1] == len(layer.index)
         close(scaling * layer.B @ layer.A, torch.from_numpy(product))
         close(layer.B.T @ layer.B, layer.A @ layer.A.T)  # √σ on either side
         assert layer.importance == (pytest.approx(importance) if layer.shallow else None)
@@ -730,7 +497,7 @@ def test_ranks_at_most_the_smaller_side():
                         r_min=100, r_max=100)
     for name, layer in layers.items():
         W = model.get_submodule(name).weight
-        assert layer.rank == min(W.shape)
+        assert len(layer.A) == min(W.shape)
         close(layer.B @ layer.A, W.detach())
 
 
@@ -798,7 +565,7 @@ def test_order_of_the_names_does_not_matter():
     plain = initialise(model, [data], names, **SETTINGS)
     for name, layer in initialise(model, [data], names[::-1], **SETTINGS).items():
         close(layer.B @ layer.A, plain[name].B @ plain[name].A)
-        assert layer.rank == plain[name].rank
+        assert layer.A.shape == plain[name].A.shape
 
 
 def test_initialise_with_the_sampled_fisher():

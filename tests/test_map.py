@@ -23,7 +23,8 @@ PRINTED = {"Eq.": range(1, 39), "Table": range(1, 13), "Figure": range(1, 7)}
 
 
 def definitions(file):
-    """{dotted name: (line, docstring)} of the functions, classes, methods and constants."""
+    """{dotted name: (file, line, docstring)} of functions, classes, methods and constants."""
+    path = file.relative_to(REPO)
     found = {}
 
     def visit(body, above):
@@ -34,8 +35,8 @@ def definitions(file):
                       and isinstance(x.ctx, ast.Store)]
                      if isinstance(node, ast.Assign | ast.AnnAssign) else [])
             for name in names:
-                found.setdefault(above + name, (node.lineno,
-                                                ast.get_docstring(node) or "" if named else ""))
+                text = ast.get_docstring(node) or "" if named else ""
+                found.setdefault(above + name, (path, node.lineno, text))
             if isinstance(node, ast.ClassDef):
                 visit(node.body, f"{above}{node.name}.")
 
@@ -44,6 +45,9 @@ def definitions(file):
 
 
 CODE = {file.stem: definitions(file) for file in REPO.glob("*.py")}
+for package in ("methods", "fast"):  # `methods.pissa` stands in one of its files
+    CODE[package] = {name: found for file in sorted((REPO / package).glob("*.py"))
+                     for name, found in definitions(file).items()}
 TESTS = {file.stem: definitions(file) for file in (REPO / "tests").glob("test_*.py")}
 
 
@@ -54,11 +58,11 @@ def target(label):
     name = label.strip("`")
     if name.startswith("test_"):  # test_model.test_name where two files have that name
         module, _, inner = name.rpartition(".")
-        places = [(f"tests/{file}.py", found[inner][0]) for file, found in TESTS.items()
+        places = [found[inner][:2] for file, found in TESTS.items()
                   if inner in found and module in ("", file)]
     else:
         module, _, inner = name.partition(".")
-        places = [(f"{module}.py", CODE[module][inner][0])]
+        places = [CODE[module][inner][:2]]
     if len(places) != 1:
         raise KeyError(f"{name} is defined {len(places)} times in tests/")
     return "{}#L{}".format(*places[0])
@@ -153,7 +157,7 @@ def test_the_function_of_an_equation_carries_its_number_and_so_does_the_test(row
     if kind != "Eq.":
         return
     names = [x.strip("`").split(".", 1) for x in labels(row[1])]
-    carried = set().union(*(equations(CODE[module][name][1]) for module, name in names))
+    carried = set().union(*(equations(CODE[module][name][2]) for module, name in names))
     assert wanted <= carried or "*background*" in row[1]
     tested = set().union(*(map(int, re.findall(r"(?<=[q_])\d\d(?=_)", x)) for x in labels(row[2])))
     assert wanted <= tested
@@ -162,7 +166,7 @@ def test_the_function_of_an_equation_carries_its_number_and_so_does_the_test(row
 def test_every_function_of_an_equation_is_in_the_map():
     linked = set(labels(" ".join(cell for row in MAP for cell in row)))
     assert not {f"`{module}.{name}`" for module, found in CODE.items()
-                for name, (_, docstring) in found.items()
+                for name, (*_, docstring) in found.items()
                 if docstring.startswith("Eq.")} - linked
 
 

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from tiny import padded, tiny_llama
 
 import farss
+import fast
 import model as M
 import onednn
+from fast import decompositions
 
 pytestmark = pytest.mark.skipif(not onednn.is_known(), reason="no oneDNN for this CPU")
 FORMS = {  # of a matrix (r, c): how it may lie in memory
@@ -132,15 +134,15 @@ def test_loss_and_gradients_of_a_model(residual, calls, monkeypatch):
 
 def test_measurements_are_those_of_plain_products(calls, monkeypatch):
     """The sweep, its statistics included."""
-    monkeypatch.setattr(farss, "SMALL", 16)
+    monkeypatch.setattr(decompositions, "SMALL", 16)
     model = tiny_llama(num_hidden_layers=2)
     ids, mask = padded("right")
     batch = {"input_ids": ids, "attention_mask": mask,
              "labels": torch.where(mask.bool(), ids, M.IGNORE)}
     names, budget = list(weights(model)), farss.Budget(1, 4, 2, 1, 4)
-    plain = farss.measure(model, [batch], names, budget)
+    plain = fast.measure(model, [batch], names, budget)
     with onednn.Products():
-        found = farss.measure(model, [batch], names, budget)
+        found = fast.measure(model, [batch], names, budget)
     assert calls.call_count > 14 * 6
     for name, x in found.items():
         y = plain[name]

@@ -1,12 +1,14 @@
-"""parallel.py: two processes on the CPU, over gloo, do what one does.
+"""fast/distributed.py: two processes on the CPU, over gloo, do what one does.
 
 torchrun runs this file as a script, once for all tests: `work` is what both processes do there, in
 a folder that `two` has prepared. The tests compare what they left with one process's.
 """
 
 import dataclasses
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,15 +20,18 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_llama, write_checkpoint, write_data
 
+import alone
 import checkpoint as C
 import eval as E
 import farss
+import fast
 import figures
 import model as M
-import parallel
 import plan
 import train
-from baselines import covariance_sweep
+from fast import distributed as parallel
+from fast.decompositions import Directions
+from methods import covariances
 from settings import settle, training_arguments
 
 REPO = Path(__file__).resolve().parent.parent
@@ -34,7 +39,7 @@ METHODS = ["farss", "corda-kpm", "lora", "kasa", "full"]
 # 9 examples by fours: the last batch of an epoch has one, and nothing for the second process.
 SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg", "3", "--r-max",
          "5", "--calibration-examples", "24", "--batch-size", "4", "--lr", "1e-3", "--steps", "6",
-         "--examples", "9", "--device", "cpu", "--dropout", "0", "--micro-batch", "4"]
+         "--examples", "9", "--device", "cpu", "--dropout", "0", "--micro-batch", "4", "--fast"]
 DROPOUT = [*SMALL, "--method", "lora", "--dropout", "0.3", "--save-every", "2"]
 ASKED = ["--benchmarks", "gsm8k,nq_open,webqs", "--max-new-tokens", "5", "--device", "cpu",
          "--limit", "12", "--data", "gsm8k=d/train.jsonl", "nq_open=d/nq.jsonl",
@@ -80,11 +85,15 @@ def factors(dtype, batches, reduce=lambda x: x):
     model = tiny_llama(1, dtype)
     names = M.linear_names(model, M.DECODER_TARGETS["seven"])
     found = {}
-    for F, share in farss.sweep(model, batches, names, reduce=reduce):
-        for name, (h, delta) in F.items():
-            found |= {f"{name}.h": h, f"{name}.delta": delta, f"{name}.share": torch.tensor(
-                share[name], dtype=torch.float64)}
-    for Cs in covariance_sweep(model, batches, names, reduce=reduce):
+    first = {}
+    loss = train.counting_first_tokens(farss.summed_loss, names, first)
+    measured = fast.measure(model, batches, names, farss.Budget(2, 4, 2, 1, 4), loss,
+                            reduce=reduce)
+    for name, x in measured.items():
+        one, every = reduce(first[name])
+        found |= {f"{name}.s": x.s, f"{name}.share": (one / every).double(),
+                  f"{name}.I": torch.tensor(x.importance or 0.0, dtype=torch.float64)}
+    for Cs in covariances(model, batches, names, train.run_body, 2, fast.OuterSum, reduce):
         found |= {f"{name}.C": each for name, each in Cs.items()}
     return {name: each.clone() for name, each in found.items()}  # some share one tensor
 
@@ -101,10 +110,10 @@ def work():
     assert parallel.gather([f"{rank}-{i}" for i in range(2 - rank)]) == ["0-0", "1-0", "0-1"]
     torch.manual_seed(3)
     weights, made = [torch.randn(6, 9), torch.randn(9, 6), torch.randn(4, 4)], []
-    found = parallel.each(lambda W: (made.append(W), farss.Directions.of(W))[1], weights)
+    found = parallel.each(lambda W: (made.append(W), Directions.of(W))[1], weights)
     assert len(made) == 2 - rank
     for one, W in zip(found, weights, strict=True):
-        assert all(map(torch.equal, one, farss.Directions.of(W)))
+        assert all(map(torch.equal, one, Directions.of(W)))
     svd, decomposed = farss.svd, []
     farss.svd = lambda W: (decomposed.append(W), svd(W))[1]
     inner = train.train
@@ -209,10 +218,25 @@ def same_bits(one, two):
 # ------------------------------------------------------------------------------- one process
 
 
-def test_one_process_is_left_alone():
+def public(module):
+    return {name: inspect.signature(f) for name, f in vars(module).items()
+            if inspect.isfunction(f) and f.__module__ == module.__name__}
+
+
+def test_what_one_process_needs_has_the_same_signatures():
+    mine, theirs = public(alone), public(parallel)
+    assert mine == {name: theirs[name] for name in mine}
+    used = {name for file in ("train.py", "eval.py")
+            for name in re.findall(r"parallel\.(\w+)", (REPO / file).read_text())}
+    assert used == set(mine)
+
+
+@pytest.mark.parametrize("parallel", [alone, parallel], ids=["alone", "distributed"])
+def test_one_process_is_left_alone(parallel):
     assert (parallel.rank(), parallel.size(), parallel.first()) == (0, 1, True)
     x, items = torch.ones(3), [1, 2, 3]
-    assert parallel.total(x) is x and parallel.added(0.1) == 0.1 and parallel.same(items) is items
+    assert parallel.added(0.1) == 0.1 and parallel.same(items) is items
+    assert parallel.deal(items)[0] == items and parallel.deal(items)[1](x) is x
     assert parallel.shard(items) == items and parallel.gather(items) is items
     parallel.check("mps", 1)
     before = torch.get_rng_state()
@@ -330,7 +354,7 @@ def test_the_plan_of_full_fine_tuning_fits_when_sharded_over_eight(monkeypatch):
     s, config = settle(training_arguments("", ["--model", "llama2-7b", "--task", "math", "--method",
                                                "full", "--shard", "--dry-run"]))
     one = plan.make(s, config)
-    monkeypatch.setattr(parallel, "size", lambda: 8)
+    monkeypatch.setattr(plan, "processes", lambda: 8)
     eight = plan.make(s, config)
     assert not one.fits and eight.fits and eight.micro_batch <= 2 < 16
     assert eight.training["trained, with AdamW"] == 16 * 6738415616 / 8
@@ -389,9 +413,10 @@ def test_an_error_of_all_is_said_once(here):
 
 
 def test_a_process_that_ends_alone_says_why_and_the_others_one_line(here):
-    Path("alone.py").write_text("""
+    Path("ends.py").write_text("""
 from datetime import timedelta
-import parallel, settings
+import settings
+from fast import distributed as parallel
 
 def main():
     if parallel.rank() == 1:
@@ -401,8 +426,8 @@ def main():
 parallel.PATIENCE = timedelta(seconds=1)
 settings.run_main(parallel.together(main))
 """)
-    done = torchrun("alone.py", cwd=here)
+    done = torchrun("ends.py", cwd=here)
     assert done.returncode
-    assert done.stderr.count("alone.py: error: interrupted; told to") == 1
-    assert done.stderr.count("alone.py: error: another process has ended") <= 1
+    assert done.stderr.count("ends.py: error: interrupted; told to") == 1
+    assert done.stderr.count("ends.py: error: another process has ended") <= 1
     assert "[rank" not in "".join(x for x in done.stderr.splitlines() if "c10d" not in x)

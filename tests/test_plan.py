@@ -6,12 +6,13 @@ from tiny import PeakBytes, tiny_batch, tiny_llama, write_checkpoint, write_data
 
 import checkpoint as C
 import data
-import farss
+import fast
 import model as M
 import plan as P
 import settings as S
 import train
-from baselines import METHODS, covariance_sweep
+from fast import decompositions, memory, start, sums
+from methods import METHODS, covariances
 
 
 def planned(*argv):
@@ -190,10 +191,12 @@ def test_what_the_user_fixes_stays():
 def test_the_peak_of_the_sweep_is_predicted_within_a_tenth(monkeypatch, dtype, shallow, small,
                                                            first):
     """At Llama's proportions, weights apart, which are there before."""
-    monkeypatch.setattr(farss, "sums_first", lambda budget, name, *_: first and
+    monkeypatch.setattr(start, "sums_first", lambda budget, name, *_: first and
                         not budget.is_shallow(name))
-    monkeypatch.setattr(farss, "SMALL", small)
-    monkeypatch.setattr(farss, "STRIPE", 64)
+    monkeypatch.setattr(memory, "sums_first", start.sums_first)
+    monkeypatch.setattr(decompositions, "SMALL", small)
+    monkeypatch.setattr(memory, "SMALL", small)
+    monkeypatch.setattr(sums, "STRIPE", 64)
     torch.manual_seed(0)
     config = M.Config(512, 256, 688, 3, 4, 2, 64)
     model = M.CausalLM(config).to(S.DTYPES[dtype])
@@ -201,22 +204,33 @@ def test_the_peak_of_the_sweep_is_predicted_within_a_tenth(monkeypatch, dtype, s
                    calibration_examples=16, max_length=128, device="cpu")
     examples = [data.Example(torch.randint(3, 512, (128,)).tolist(), 64) for _ in range(16)]
     with PeakBytes(model) as watch:
-        farss.measure(model, train.calibration_batches(s, examples), s.layers(model), s.budget)
-    parts = P.initialisation_memory(s, config, 0)
+        fast.measure(model, train.calibration_batches(s, examples), s.layers(model), s.budget)
+    parts = P.initialisation_memory(s, config, 0, fast)
     assert sum(parts.values()) == pytest.approx(watch.peak, rel=0.1)
 
 
 def test_covariances_of_a_block_are_counted_once_where_they_are_shared():
-    """Against what the sweep yields, and the one block's inputs that it keeps."""
+    """Against what covariances yields."""
     model, batch = tiny_llama(), tiny_batch([(3, 4)] * 2)
     s = S.Settings(model="x", method="corda-kpm", dtype="float32", calibration_examples=2,
                    max_length=7)
     names = s.layers(model)
     held = {t.data_ptr(): t.numel() * t.element_size()
-            for t in next(covariance_sweep(model, [batch], names)).values()}
+            for t in next(covariances(model, [batch], names, train.run_body, 1)).values()}
     parts = P.initialisation_memory(s, model.config, 0)
     assert parts["covariances of a block"] == sum(held.values())
-    assert parts["kept inputs"] == model.enter(batch)[0].numel() * 4
+
+
+@pytest.mark.parametrize("memory, blocks", [(80e9, 32), (24e9, 11), (1e9, 1)])
+def test_so_many_blocks_of_covariances_as_there_is_room_for(memory, blocks):
+    s, config = S.settle(S.training_arguments("", ["--model", "llama2-7b", "--method", "corda-kpm",
+                                                   "--dry-run"]))
+    parameters = sum(p.numel() for p in M.empty(config).parameters())
+    need = P.initialisation_memory(s, config, parameters)
+    found = P.blocks_at_once(s, config, parameters, memory)
+    assert found == blocks
+    used = sum(need.values()) + (found - 1) * need["covariances of a block"]
+    assert used <= 0.9 * memory or found == 1
 
 
 @pytest.mark.parametrize("method, dtype, wide", [

@@ -19,8 +19,10 @@ import data
 import eval as evaluation
 import export
 import farss
+import fast
 import model as M
 import train
+from fast import start, sums
 
 FOLDER = os.environ.get("FARSS_REAL_MODEL")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="FARSS_REAL_MODEL names no folder")
@@ -144,16 +146,16 @@ def test_exports_go_on_with_the_same_text(tmp_path, monkeypatch, tokenizer, ours
 def test_tokens_summed_first_choose_the_same_directions(monkeypatch, ours, tokenizer):
     """The 64 highest-scoring of each layer, beside those of fp32 tokens along the directions: all
     where the model is fp32; where it is bf16, as many as of bf16 tokens along the directions."""
-    monkeypatch.setattr(farss, "STRIPE", 100)  # of a width of 576
+    monkeypatch.setattr(sums, "STRIPE", 100)  # of a width of 576
     examples = [data.Example(ids := tokenizer.encode(text), len(ids) // 2)
                 for text in (*PROMPTS, *MORE) if len(text) > 20]
     batch, budget = data.collate(examples, "cpu"), farss.Budget(0, 64, 1, 1, 1)
     names = M.linear_names(ours, M.DECODER_TARGETS["seven"])
 
     def chosen(model, first):
-        monkeypatch.setattr(farss, "sums_first", lambda *_: first)
+        monkeypatch.setattr(start, "sums_first", lambda *_: first)
         return {n: set(x.index.tolist())
-                for n, x in farss.measure(model, [batch], names, budget).items()}
+                for n, x in fast.measure(model, [batch], names, budget).items()}
 
     expected = chosen(ours, False)
     assert chosen(ours, True) == expected

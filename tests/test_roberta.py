@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from test_farss import listen
 from tiny import (
     ROBERTAS,
     TINY_ROBERTA,
@@ -616,19 +617,15 @@ def two_batches(config):
 
 @pytest.mark.parametrize("labels", [("no", "maybe", "yes"), ("score",)], ids=["classes", "number"])
 @pytest.mark.parametrize("targets", [SIX, FOUR, ["output.dense"]], ids=["six", "four", "one"])
-def test_sweep_gives_the_factors_of_the_whole_model(targets, labels):
+def test_block_by_block_gives_the_factors_of_the_whole_model(targets, labels):
     model = roberta64(num_hidden_layers=3, labels=labels)
-    names, batches, found, share = M.linear_names(model, targets), two_batches(model.config), {}, {}
-    for factors, part in farss.sweep(model, batches, names):
+    names, batches, found = M.linear_names(model, targets), two_batches(model.config), {}
+    for factors in farss.factors_by_block(model, batches, names):
         found |= factors
-        share |= part
     tight = dict(rtol=1e-10, atol=1e-14)
     same_factors(found, farss.kfac_factors(model, batches, names), **tight)
-    with farss.kfac_hooks(model, names) as sums:
-        farss.collect(sums, model, batches)
-        assert share == pytest.approx(sums.first_token_share())
     sample = [farss.sampled_loss(torch.Generator().manual_seed(3)) for _ in range(2)]
-    found = {n: f for block, _ in farss.sweep(model, batches, names, loss=sample[0])
+    found = {n: f for block in farss.factors_by_block(model, batches, names, sample[0])
              for n, f in block.items()}
     same_factors(found, farss.kfac_factors(model, batches, names, sample[1]), **tight)
 
@@ -642,7 +639,7 @@ def test_hooks_restore_requires_grad_and_train_mode(training):
     with farss.kfac_hooks(model, M.linear_names(model, ["query"])) as sums:
         assert not any(p.requires_grad for p in model.parameters())
         assert not any(m.training for m in model.modules())
-        farss.collect(sums, model, [tiny_texts()])
+        listen(sums, model, [tiny_texts()])
     assert [p.requires_grad for p in model.parameters()] == wanted
     assert all(m.training is training for m in model.modules())
     assert all(p.grad is None for p in model.parameters())

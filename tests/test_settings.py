@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import tiny_llama, write_checkpoint, write_data
 
-import baselines
 import checkpoint as C
 import data
+import methods
 import model as M
 import plan as P
 import results as R
@@ -148,7 +148,7 @@ def test_every_setting_is_a_flag_with_a_help_text():
 
 
 def test_weights_that_are_trained_are_fp32():
-    for method, row in baselines.METHODS.items():
+    for method, row in methods.METHODS.items():
         s = S.Settings(model="x", method=method, dtype="bfloat16")
         assert s.master_dtype == (torch.float32 if row.trains == "weights" else torch.bfloat16)
 
@@ -254,11 +254,11 @@ def test_only_what_a_method_looks_at_is_listed(method, shown):
 # --------------------------------------------------------------------------- a method is a row
 
 
-@pytest.mark.parametrize("method", baselines.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_every_row_of_methods_is_complete_and_starts_at_the_base_model(method, tmp_path):
     """What a new row must keep: known words in its fields, a start that changes no output, and a
     file from which that start comes back to the bit."""
-    row = baselines.METHODS[method]
+    row = methods.METHODS[method]
     assert row.about and row.trains in ("adapters", "weights") and row.needs in train.STARTS
     assert (row.start is not None) == (row.trains == "adapters" and row.needs != "fisher")
     s = S.Settings(model="x", method=method, rank=4, alpha=8.0, shallow=1, r_avg=2, r_max=3,
@@ -287,13 +287,13 @@ def test_a_new_method_is_one_row(tmp_path, monkeypatch, capsys):
     write_data("d")
 
     def first_rows(W, r, given):
-        return baselines.split(W[:r].clone(), torch.eye(W.shape[0], r))
+        return methods.split(W[:r].clone(), torch.eye(W.shape[0], r))
 
     def all_adapters(model, beta, gamma):
         return 500 * gamma * sum(p.pow(2).sum() for p in model.parameters() if p.requires_grad)
 
-    row = baselines.Method("the first rows of W", first_rows, penalty=all_adapters)
-    monkeypatch.setitem(baselines.METHODS, "rows", row)
+    row = methods.Method("the first rows of W", first_rows, penalty=all_adapters)
+    monkeypatch.setitem(methods.METHODS, "rows", row)
     argv = ["--model", "tiny", "--data", "d/train.jsonl", "--method", "rows", "--rank", "4",
             "--steps", "3", "--batch-size", "4", "--lr", "1e-2", "--dropout", "0"]
     train.main([*argv, "--dry-run"])

@@ -23,7 +23,7 @@ import model as M
 import plan
 import settings as S
 import train
-from baselines import METHODS, covariance_sweep
+from methods import METHODS, covariances
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "tiny", "--data", "d/train.jsonl", "--rank", "6", "--r-avg", "3", "--r-max",
@@ -325,7 +325,8 @@ def test_official_padding_is_counted():
     assert targets[0] == targets[1] == sum(e.targets for e in examples())
     model = tiny_llama(1, torch.float64)
     name = "model.layers.0.mlp.up_proj"
-    found = [(farss.kfac_factors(model, x, [name])[name], next(covariance_sweep(model, x, [name])))
+    found = [(farss.kfac_factors(model, x, [name])[name],
+              next(covariances(model, x, [name], train.run_body)))
              for x in batches]
     (h, delta), (h2, delta2) = found[0][0], found[1][0]
     tokens = sum(len(e.ids) for e in examples())

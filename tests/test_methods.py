@@ -1,4 +1,4 @@
-"""baselines.py: every method against its formula in numpy, against peft, and the covariance."""
+"""methods/: every method against its formula in numpy, against peft, and the covariance."""
 
 from functools import partial
 
@@ -17,12 +17,14 @@ from tiny import (
 )
 from torch import nn
 
-import baselines as B
 import checkpoint as C
 import data
-import farss
+import fast
+import methods as B
 import model as M
 import train
+from fast import sums
+from methods import starts
 
 close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-10)
 near = partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4)  # fp32 beside fp64
@@ -45,7 +47,7 @@ def covariance(n, tokens=None, seed=1):
 
 def start(method, W, r, scaling=1.0, C=None, seed=0):
     """The method's start as a run gets it, from its row of METHODS."""
-    what = B.Given(scaling, torch.Generator().manual_seed(seed), C)
+    what = B.Given(scaling, torch.Generator().manual_seed(seed), C=C)
     return B.METHODS[method].start(W, r, what)
 
 
@@ -179,7 +181,7 @@ def test_damping_begins_at_a_hundredth_and_doubles_until_the_inverse_is_one(monk
     def error(d):
         return torch.linalg.matrix_norm(size(d) @ torch.linalg.inv(size(d)) - eye).item()
 
-    assert (B.DAMPING, B.DAMPING_ERROR) == (0.01, 0.05)
+    assert (starts.DAMPING, starts.DAMPING_ERROR) == (0.01, 0.05)
     for bound, doubled in ((0.05, False), (1.01 * error(0.08), True)):
         monkeypatch.setattr(B, "DAMPING_ERROR", bound)
         first = next(d for d in (0.01 * 2**i for i in range(20)) if error(d) < bound)
@@ -390,16 +392,15 @@ def test_pissa_is_pefts(folder):
     same(model, theirs)
 
 
-def covariances(model):
-    names, batches = M.linear_names(model, M.DECODER_TARGETS["seven"]), calibration()
-    return {n: x for found in B.covariance_sweep(model, batches, names) for n, x in found.items()}
+def covariances(model, **options):
+    return swept(model, calibration(), M.linear_names(model, M.DECODER_TARGETS["seven"]), **options)
 
 
 def test_covariances_in_stripes_are_the_same(monkeypatch):
     model = tiny_llama(1, num_hidden_layers=1)
     expected = covariances(model)
-    monkeypatch.setattr(farss, "STRIPE", 10)
-    for name, found in covariances(model).items():
+    monkeypatch.setattr(sums, "STRIPE", 10)
+    for name, found in covariances(model, outer=fast.OuterSum).items():
         torch.testing.assert_close(found, expected[name])
         assert found.equal(found.T)
 
@@ -498,8 +499,13 @@ def measured_on(kind):
     return model, batches, M.linear_names(model, targets)
 
 
-def swept(model, batches, names):
-    return {n: x for found in B.covariance_sweep(model, batches, names) for n, x in found.items()}
+def in_groups(model, batches, names, **options):
+    return B.covariances(model, batches, names, train.run_body, **options)
+
+
+def swept(model, batches, names, **options):
+    return {n: x for found in in_groups(model, batches, names, **options)
+            for n, x in found.items()}
 
 
 @torch.no_grad()
@@ -544,7 +550,7 @@ def test_what_stands_in_the_padding_does_not_count(kind):
 @every_model
 def test_layers_that_read_the_same_share_one_covariance(kind):
     model, batches, names = measured_on(kind)
-    found = next(iter(B.covariance_sweep(model, batches, names)))
+    found = next(in_groups(model, batches, names, at_once=1))
     held = {}
     for name, x in found.items():
         held.setdefault(x.data_ptr(), []).append(name.rpartition(".")[2])
@@ -554,8 +560,11 @@ def test_layers_that_read_the_same_share_one_covariance(kind):
 
 
 @every_model
-def test_every_block_runs_once_a_batch_and_none_above_the_last_named(kind):
+@pytest.mark.parametrize("at_once, passes", [(1, 3), (2, 2), (3, 1), (99, 1)])
+def test_so_many_blocks_take_one_forward_pass(kind, at_once, passes):
     model, batches, names = measured_on(kind)
+    assert len(model.blocks) == 3
+    whole = swept(model, batches, names)
     count = [0] * len(model.blocks)
 
     def add(i):
@@ -563,11 +572,11 @@ def test_every_block_runs_once_a_batch_and_none_above_the_last_named(kind):
 
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *_, i=i: add(i))
-    assert [len(found) for found in B.covariance_sweep(model, batches, names)]
-    assert count == [len(batches)] * len(model.blocks)
-    count[:] = [0] * len(model.blocks)
-    assert len(swept(model, batches, [n for n in names if farss.block_index(n) == 1])) > 0
-    assert count == [len(batches)] * 2 + [0] * (len(model.blocks) - 2)
+    groups = list(in_groups(model, batches, names, at_once=at_once))
+    assert len(groups) == passes and count == [passes * len(batches)] * 3
+    for found in groups:
+        for name, x in found.items():
+            close(x, whole[name])
 
 
 def as_it_is(model):
@@ -583,7 +592,7 @@ def test_the_sweep_leaves_the_model_as_it_was(kind, end):
     model.train()
     model.blocks[1].eval()
     before, modes = as_it_is(model), []
-    run = B.covariance_sweep(model, batches, names)
+    run = in_groups(model, batches, names, at_once=1)
     handle = model.blocks[0].register_forward_hook(lambda m, *_: modes.append(m.training))
     next(run)
     handle.remove()

@@ -6,8 +6,8 @@
     total, added, sum_gradients                       sums over the processes
     shard_model, own, everywhere, whole, part, unshard    weights dealt out (FSDP2), whole again
 
-With one process everything here does nothing, and torch.distributed is not initialised. Tensors on
-the CPU go through gloo, those on a GPU through NCCL.
+Tensors on the CPU go through gloo, those on a GPU through NCCL. Of one process alone (alone.py has
+the same functions for that) everything here does nothing.
 """
 
 import hashlib
@@ -118,7 +118,8 @@ def comes(store: dist.Store, key: str) -> bool:
 def describe() -> dict[str, Any]:
     """What must be the same in all processes."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).resolve().parent.glob("*.py")):
+    root = Path(__file__).resolve().parent.parent
+    for file in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return {"code": digest.hexdigest()[:12], "torch": torch.__version__, "arguments": sys.argv[1:]}
 

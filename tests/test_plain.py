@@ -1,0 +1,213 @@
+"""Plain equals fast: farss.py's start and that of fast/, on every family, end, dtype and shape.
+
+The upper half needs no fast/ (a test deletes it in a copy); the lower half compares.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import GEMMA2, MISTRAL, tiny_batch, tiny_llama, tiny_roberta, tiny_texts
+
+import farss
+import model as M
+
+REPO = Path(__file__).resolve().parent.parent
+SEVEN = M.DECODER_TARGETS["seven"]
+BUDGET = dict(shallow=2, R=3, r_avg=2, r_min=1, r_max=4)
+FAMILIES = {
+    "llama": {}, "biases": dict(attention_bias=True, mlp_bias=True),
+    "tied": dict(tie_word_embeddings=True), "mistral": MISTRAL, "gemma2": GEMMA2,
+    "grouped queries": dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=24),
+    "gate lies": dict(intermediate_size=12),  # m < n in gate and up, m > n in down
+}
+
+
+def two_batches():
+    """Unlike in number and length, and with more padding than they need."""
+    return [tiny_batch([(5, 6)], seed=1, length=13), tiny_batch([(3, 9), (7, 2), (1, 4)], seed=2)]
+
+
+def of_decoder(dtype=torch.float64, **settings):
+    model = tiny_llama(dtype=dtype, **(dict(num_hidden_layers=3) | settings))
+    return model, two_batches(), M.linear_names(model, SEVEN)
+
+
+# ------------------------------------------------------------------------------ without fast/
+
+
+@pytest.mark.parametrize("end", ["depth", "low", "high"])
+def test_plain_leaves_the_function_as_it_was(end):
+    model, batches, names = of_decoder()
+    adapters = farss.initialise(model, batches, farss.Budget(**BUDGET, end=end), names, scaling=2.0)
+    with torch.no_grad():
+        before = model(batches[1]["input_ids"])
+        M.attach(model, {n: (x.A, x.B) for n, x in adapters.items()}, 2.0)
+        torch.testing.assert_close(model(batches[1]["input_ids"]), before, rtol=0, atol=1e-10)
+
+
+def test_without_fast_a_run_on_the_microcosm_is_the_same(tmp_path):
+    """In a copy of the repository whose fast/ is deleted, the start of FARSS comes out to the bit
+    as it does here, and trains."""
+    copy = tmp_path / "copy"
+    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".*", "runs", "tests", "notebooks"))
+    shutil.rmtree(copy / "fast")
+    adapters = []
+    for root in (copy, REPO):
+        out = tmp_path / f"run{len(adapters)}"
+        done = subprocess.run(
+            [sys.executable, root / "train.py", "--method", "farss", "--steps", "2", "--out", out],
+            cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "start by farss.py" in done.stdout
+        adapters.append((out / "adapter.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+# ---------------------------------------------------------------------------- plain beside fast
+
+
+def compare(model, batches, names, budget, tolerance, **options):
+    """Every number of every layer, equation by equation: σ, s, I, then ranks and B A."""
+    from fast import measure
+
+    plain, fast = (f(model, batches, names, budget, **options) for f in (farss.measure, measure))
+    assert list(plain) == list(fast) == names
+    for name in names:
+        mine, theirs = fast[name], plain[name]
+        torch.testing.assert_close(mine.sigma, theirs.sigma, rtol=1e-5, atol=1e-6)  # Eq. 13
+        top = theirs.s.max().item()  # scores of one layer go over many decades
+        torch.testing.assert_close(mine.s, theirs.s, rtol=tolerance, atol=1e-6 * tolerance * top)
+        if budget.is_shallow(name):  # Eq. 8
+            assert mine.importance == pytest.approx(theirs.importance, rel=tolerance)
+        else:
+            assert mine.importance is theirs.importance is None
+        assert mine.S.dtype == theirs.S.dtype and mine.U.device.type == "cpu"
+    starts = [farss.build_adapters(x, budget, 2.0) for x in (plain, fast)]
+    for name in names:
+        a, b = (x[name] for x in starts)
+        assert a.A.shape == b.A.shape and a.scaling == b.scaling == 2.0
+        if set(a.index.tolist()) == set(b.index.tolist()):  # scores that all but tie may change
+            torch.testing.assert_close(b.B @ b.A, a.B @ a.A, rtol=1e-4, atol=1e-5)
+    same = sum(set(starts[0][n].index.tolist()) == set(starts[1][n].index.tolist()) for n in names)
+    return same / len(names)
+
+
+@pytest.mark.parametrize("end", ["depth", "low", "high"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-3),
+                                              (torch.bfloat16, 2e-3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_start(family, dtype, tolerance, end):
+    model, batches, names = of_decoder(dtype, **FAMILIES[family])
+    same = compare(model, batches, names, farss.Budget(**BUDGET, end=end), tolerance)
+    assert same == 1 if dtype == torch.float64 else same > 0.9
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-3)])
+def test_start_of_an_encoder(dtype, tolerance):
+    model = tiny_roberta(dtype=dtype)
+    names = M.linear_names(model, M.ENCODER_TARGETS["six"])
+    compare(model, [tiny_texts(), tiny_texts((7, 3), seed=1)], names, farss.Budget(1, 3, 2, 1, 4),
+            tolerance)
+
+
+@pytest.mark.parametrize("targets", [SEVEN[:4], ["down_proj"], ["v_proj", "up_proj"]])
+def test_start_of_some_layers(targets):
+    model, batches, _ = of_decoder()
+    names = M.linear_names(model, targets)
+    assert compare(model, batches, names, farss.Budget(**BUDGET), 1e-8) == 1
+    inside = [n for n in names if farss.block_index(n) == 1]
+    assert compare(model, batches, inside[::-1], farss.Budget(**BUDGET), 1e-8) == 1
+
+
+def test_start_on_labels_of_the_model_and_inputs_kept_apart():
+    model, batches, names = of_decoder()
+    losses = [farss.sampled_loss(torch.Generator().manual_seed(3)) for _ in range(2)]
+    from fast import measure
+
+    budget = farss.Budget(**BUDGET)
+    plain = farss.measure(model, batches, names, budget, losses[0], keep_on="cpu")
+    for name, x in measure(model, batches, names, budget, losses[1], keep_on="cpu").items():
+        torch.testing.assert_close(x.s, plain[name].s, rtol=1e-8, atol=1e-20)
+
+
+class Net(torch.nn.Module):
+    """One block of one linear layer (m, n), whatever m and n are, with or without a bias."""
+
+    def __init__(self, m, n, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(9, n)
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict(
+            {"fc": torch.nn.Linear(n, m, bias)})])
+        self.layers[0].forward = lambda x: self.layers[0]["fc"](x).tanh()
+        self.head = torch.nn.Linear(m, 5)
+        self.double()
+
+    def forward(self, input_ids, attention_mask):
+        return self.head(self.layers[0](self.table(input_ids)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("m, n", [(6, 4), (4, 6), (4, 4), (1, 4), (4, 1), (1, 1)])
+@pytest.mark.parametrize("tokens", [2, 11])  # fewer than min(m, n): Σ has no full rank
+def test_start_of_awkward_shapes(m, n, tokens, bias):
+    model, names = Net(m, n, bias), ["layers.0.fc"]
+    batch = tiny_batch([(1, tokens - 1)], vocab=5)
+    for shallow in (0, 1):
+        budget = farss.Budget(shallow, R=min(m, n), r_avg=1, r_min=1, r_max=min(m, n))
+        compare(model, [batch], names, budget, 1e-8)
+
+
+def test_counted_stands_above_the_attention_mask():
+    """Both forms count the tokens that `counted` says, whatever the model may attend to."""
+    from fast import measure
+
+    model, (_, batch), names = of_decoder()
+    more = batch | {"counted": torch.ones_like(batch["attention_mask"])}
+    less = batch | {"counted": batch["attention_mask"] * (batch["labels"] == M.IGNORE)}
+    budget, found = farss.Budget(**BUDGET), {}
+    for which, data in (("mask", batch), ("more", more), ("less", less)):
+        compare(model, [data], names, budget, 1e-8)
+        found[which] = measure(model, [data], names, budget)[names[0]].s
+    for which in ("more", "less"):
+        assert (found[which] - found["mask"]).norm() > 0.01 * found["mask"].norm()
+
+
+def test_svd_of_either_form_gives_the_same_starts(monkeypatch):
+    """Every start that takes svd= comes out alike with fast's, by Gram matrices."""
+    import fast
+    from fast import decompositions
+    from methods import METHODS, Given
+
+    monkeypatch.setattr(decompositions, "SMALL", 4)
+    torch.manual_seed(0)
+    C = torch.randn(50, 20).double()
+    for shape in ((30, 20), (20, 20), (12, 20)):
+        W, C1 = torch.randn(*shape).double(), C.T @ C
+        for name, row in METHODS.items():
+            if row.start is None:
+                continue
+            starts = [row.start(W, 5, Given(2.0, torch.Generator().manual_seed(1), svd, C1))
+                      for svd in (farss.svd, fast.svd)]
+            products = [x.B @ x.A if x.B0 is None else x.B0 @ x.A0 for x in starts]
+            torch.testing.assert_close(*products, rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("width", [1, 5, 13])
+def test_outer_sums(monkeypatch, width):
+    import fast
+    import methods
+    from fast import sums
+
+    monkeypatch.setattr(sums, "STRIPE", 4)
+    found = []
+    for kind in (methods.OuterSum, fast.OuterSum):
+        total = kind()
+        for seed in range(3):
+            total.add(torch.randn(7, width, generator=torch.Generator().manual_seed(seed)).double())
+        found.append(total.value())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
