@@ -57,6 +57,18 @@ class UserError(ValueError):
     """Bad input that the user can mend: the scripts print it as one line and exit with 2."""
 
 
+LEAST = {"torch": "2.11", "huggingface_hub": "1.33"}  # as pyproject.toml has them
+
+
+def check_version(package: str, installed: str) -> None:
+    """UserError if the installed version of a package of LEAST is older than that."""
+    found, least = ([int(n) for n in re.findall(r"\d+", text)[:2]]
+                    for text in (installed, LEAST[package]))
+    if found < least:
+        raise UserError(f"{package} {installed} is too old; install {LEAST[package]} or newer: "
+                        f"pip install '{package}>={LEAST[package]}'")
+
+
 class AbsentError(UserError):
     """A file of the hub that is not there."""
 
@@ -211,9 +223,10 @@ def hub_download(repo: str, filename: str, repo_type: str = "model") -> Path:
 
     Raises UserError saying what to do, AbsentError if the repository or the cache has no such file.
     """
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import __version__, errors, hf_hub_download
     from huggingface_hub.utils import logging
 
+    check_version("huggingface_hub", __version__)
     logging.set_verbosity_error()  # its retries; the error below says it once
     where = f"{repo}/{filename}"
     try:

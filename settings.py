@@ -621,6 +621,7 @@ def run_main(main: Callable[[], None], with_less_memory: str = "") -> None:
         if isinstance(stream, io.TextIOWrapper):  # a console that has no Σ shows a ? instead
             stream.reconfigure(errors="replace")
     try:
+        checkpoint.check_version("torch", torch.__version__)
         main()
     except UserError as error:
         fail(str(error))

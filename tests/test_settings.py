@@ -342,3 +342,20 @@ def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch):
         S.check_compiler("cpu")
     monkeypatch.setenv("CXX", "c++-9")
     S.check_compiler("cpu")
+
+
+@pytest.mark.parametrize("installed, good", [
+    ("2.9.1", False), ("2.10.0+cu128", False), ("2.11.0a0+git", True), ("2.13.0+cpu", True),
+    ("3.0", True)])
+def test_every_command_says_in_a_line_that_torch_is_too_old(monkeypatch, capsys, installed, good):
+    monkeypatch.setattr(torch, "__version__", installed)
+    ran = []
+    if good:
+        S.run_main(lambda: ran.append(1))
+    else:
+        with pytest.raises(SystemExit) as stop:
+            S.run_main(lambda: ran.append(1))
+        assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert bool(ran) == good and err.count("\n") == (not good)
+    assert good or f"torch {installed} is too old; install 2.11 or newer" in err
