@@ -35,6 +35,7 @@ Tensors in, tensors out: no files, flags or printing here.
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -558,7 +559,8 @@ def smaller_side(W: Tensor) -> tuple[Tensor, Tensor]:
 
     From the Gram matrix WᵀW = V Σ² Vᵀ. Its rounding, ε σ_1², is ε σ_1² / σ_i to direction i: to
     those with σ_i >= σ_1 / 32 no more than an SVD's own. The rest, W on the complement of these,
-    whose σ_1 is smaller, goes the same way again, and a small rest to torch's SVD.
+    whose σ_1 is smaller, goes the same way again, and a small rest to torch's SVD; so does, with a
+    warning, a W whose Gram matrix torch cannot decompose.
     """
     m, n = W.shape
     if m < n:
@@ -568,7 +570,13 @@ def smaller_side(W: Tensor) -> tuple[Tensor, Tensor]:
         return S, Vh.T
     gram: dict[str, Tensor] = {}
     add_outer(gram, "", W)
-    square, V = torch.linalg.eigh(gram.pop(""))  # reads left of the diagonal alone
+    try:
+        square, V = torch.linalg.eigh(gram.pop(""))  # reads left of the diagonal alone
+    except torch.linalg.LinAlgError:
+        warnings.warn(f"eigh did not converge on the Gram matrix of a {m} x {n} matrix: its SVD is "
+                      "taken instead, which takes longer", stacklevel=2)
+        _, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return S, Vh.T
     S, V = square.clamp(min=0).sqrt().flip(0), V.flip(1)
     top = int((S / S[0] >= EXACT).sum()) if S[0] > 0 else n
     if top == n:

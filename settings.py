@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -411,9 +412,14 @@ def default_task(model: str) -> str:
 # ------------------------------------------------------------------------------- command line
 
 
+def say(kind: str, message: object) -> None:
+    """Print one line on stderr."""
+    print(f"{Path(sys.argv[0]).name}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, and out: 2 for bad input, 1 for a run that went wrong."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    say("error", message)
     sys.exit(code)
 
 
@@ -616,10 +622,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def run_main(main: Callable[[], None], with_less_memory: str = "") -> None:
     """Call a script's main: bad input ends as one line and exit 2, a full disk or exhausted
-    memory (with what to try) as one line and exit 1, Ctrl-C as 130."""
+    memory (with what to try) as one line and exit 1, Ctrl-C as 130; a warning is one line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that has no Σ shows a ? instead
             stream.reconfigure(errors="replace")
+    warnings.showwarning = lambda message, *_, **__: say("warning", message)
     try:
         checkpoint.check_version("torch", torch.__version__)
         main()

@@ -1,6 +1,7 @@
 """settings.py: where a setting comes from, the table of methods, the run's folder."""
 
 import argparse
+import warnings
 from dataclasses import fields
 
 import pytest
@@ -359,3 +360,9 @@ def test_every_command_says_in_a_line_that_torch_is_too_old(monkeypatch, capsys,
     err = capsys.readouterr().err
     assert bool(ran) == good and err.count("\n") == (not good)
     assert good or f"torch {installed} is too old; install 2.11 or newer" in err
+
+
+def test_a_warning_is_one_line(capsys):
+    S.run_main(lambda: warnings.warn("two\n  lines", stacklevel=1))
+    err = capsys.readouterr().err
+    assert err.endswith(": warning: two lines\n") and err.count("\n") == 1
