@@ -573,9 +573,10 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def free_memory(device: str | torch.device) -> float:
-    """Bytes that are free on a device now."""
+    """Bytes that are free on a device now, on a GPU with those that torch holds for later use."""
     if str(device).startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     free = 8e9  # macOS does not say
     if MEMINFO.exists():  # not MemFree: what only caches files counts as free
         lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())

@@ -534,6 +534,7 @@ def find_boundary(folder: Path, s: Settings, examples: list[data.Example],
             raise UserError("--shallow auto: a loss is not finite, or there is nothing to ask; "
                             "give a number")
         tried.append({"shallow": shallow, "K": math.exp(min(0.0, falls[0])), "fall": falls[1]})
+        del model  # before the next is loaded: memory may have room for one alone
     best = max(x["fall"] for x in tried)
     for x in tried:
         x["T"] = x["fall"] / best if best > 0 else 0.0

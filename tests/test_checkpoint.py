@@ -202,6 +202,14 @@ def test_free_memory_is_the_least_of_machine_and_container(tmp_path, monkeypatch
     assert C.free_memory("cpu") == free
 
 
+def test_free_memory_of_a_gpu_has_what_torch_holds_for_later_use(monkeypatch):
+    """10 of 80 are free for all, and of 70 that torch has taken 30 are in use."""
+    for name, value in (("mem_get_info", (10, 80)), ("memory_reserved", 70),
+                        ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert C.free_memory("cuda") == C.free_memory(torch.device("cuda", 1)) == 50
+
+
 def split_into_shards(folder, n=3):
     """model.safetensors as n shards and their index, as a hub repository has them."""
     tensors = load_file(folder / "model.safetensors")

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import gc
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -1185,6 +1187,32 @@ def test_the_boundary_with_the_best_of_both_is_taken(tmp_path, monkeypatch, caps
     train.main([*SMALL, "--shallow", str(best), "--out", "given"])
     one, two = (Path(run) / "adapter.safetensors" for run in ("auto", "given"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_no_candidate_is_loaded_while_another_lives(tmp_path, monkeypatch):
+    """A card that has room for less than two models has room for the search, and for the run after
+    it; without the garbage collector, which frees when it likes."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("tiny", num_hidden_layers=16, hidden_size=16, intermediate_size=32,
+                     num_attention_heads=2, num_key_value_heads=1)
+    write_data("d")
+    monkeypatch.setattr(E, "known_examples", lambda *_: [data.Example([256, 5, 6, 7, 8], 2)])
+    monkeypatch.setattr(train, "TRIAL_STEPS", 1)
+    load, weights, alive = C.load, [], []
+
+    def watched(*args):
+        alive.append(sum(W() is not None for W in weights))
+        model = load(*args)
+        weights.extend(weakref.ref(p) for p in model.parameters())
+        return model
+
+    monkeypatch.setattr(C, "load", watched)
+    gc.disable()
+    try:
+        train.main([*SMALL, "--shallow", "auto"])
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0, 0]
 
 
 def test_a_boundary_that_cannot_be_tried_is_one_line(here, monkeypatch):
