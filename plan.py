@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import farss
 import parallel
+from checkpoint import UserError
 from farss import block_index
 from model import (
     CHUNK,
@@ -123,7 +124,8 @@ def make(s: Settings, config: Config, memory: float | None = None, rows: int = 0
     examples = min(s.examples, rows or s.examples)
     steps = s.steps or s.epochs * math.ceil(examples / s.batch_size)
     initial = initialisation_memory(s, config, parameters) if s.how.needs != "nothing" else {}
-    kept_here = leaves_room(initial, memory) or s.device == "cpu"
+    kept_here = (leaves_room(initial, memory) or s.device == "cpu"
+                 or s.how.needs == "covariance")  # whose inputs are one block's
     kept_apart = 0.0 if kept_here else initial["kept inputs"]
     deep = s.how.needs == "fisher" and s.budget.shallow < config.num_hidden_layers
     first = summed_first(s, block_shapes(s, config)) if deep else []
@@ -321,6 +323,26 @@ def kept_inputs(s: Settings, config: Config, tokens: int) -> int:
     return tokens * config.hidden_size * config.num_hidden_layers * element_size(s)
 
 
+def inputs_on(s: Settings, config: Config, kept: float, to_load: float = 0) -> str | None:
+    """Where the sweep keeps the inputs of all blocks, `kept` bytes: "cpu" if s.device has no room
+    beside the weights, of which `to_load` bytes are not there yet; None if they stay where they
+    are. UserError if the CPU has no room either."""
+    free = device_memory(s.device) - to_load
+    if leaves_room(initialisation_memory(s, config, 0) | {"kept inputs": kept}, free):
+        return None
+    if warning := no_room_for(kept, free if s.device == "cpu" else device_memory("cpu")):
+        raise UserError(warning)
+    return "cpu"
+
+
+def no_room_for(kept: float, free: float) -> str | None:
+    """What to say where so many bytes of block inputs have no room in the CPU's memory."""
+    return None if leaves_room({"kept inputs": kept}, free) else (
+        f"the start keeps {kept / 1e9:.1f} GB of block inputs in the CPU's memory, of which "
+        f"{max(0, free) / 1e9:.1f} GB are free: give fewer --calibration-examples or a smaller "
+        "--max-length")
+
+
 def leaves_room(parts: dict[str, float], memory: float) -> bool:
     """Whether these bytes leave a tenth of the memory free, for what an estimate does not know."""
     return sum(parts.values()) <= 0.9 * memory
@@ -457,6 +479,9 @@ def show(s: Settings, plan: Plan, known: str) -> None:
         print(f"              initialisation {by_part(plan.initialisation)}"
               + (f"; kept inputs, {plan.kept_apart / 1e9:.1f} GB, in CPU memory"
                  if plan.kept_apart else ""))
+        if warning := no_room_for(plan.kept_apart, device_memory("cpu")):
+            print(f"              ON THIS MACHINE THIS DOES NOT FIT: {warning}, if examples have "
+                  "--max-length tokens")
     if plan.summed_first:
         print(f"              deep {', '.join(plan.summed_first)}: tokens summed first, then seen "
               "along the directions: fewer products, if examples have --max-length tokens")

@@ -152,6 +152,11 @@ def calibration_batch(s: Settings, examples: list[data.Example]) -> int:
     return 2 if s.official else plan.calibration_batch(longest)
 
 
+def kept_inputs(s: Settings, config: M.Config, batches: list[dict[str, Tensor]]) -> int:
+    """Bytes of what goes into each block, for these batches."""
+    return plan.kept_inputs(s, config, sum(b["input_ids"].numel() for b in batches))
+
+
 def calibration_loss(s: Settings) -> farss.Loss:
     """Whose gradients the δ are: by --fisher and --official."""
     if s.fisher == "sampled":
@@ -201,9 +206,8 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
                       ) -> tuple[Starts, dict]:
     """FARSS's adapters, and what ranks.json says of them."""
     batches, reduce = parallel.deal(calibration_batches(s, examples))
-    kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
-    need = plan.initialisation_memory(s, model.config, 0) | {"kept inputs": kept}
-    keep_on = None if plan.leaves_room(need, plan.device_memory(s.device)) else "cpu"
+    kept = kept_inputs(s, model.config, batches)
+    keep_on = plan.inputs_on(s, model.config, kept)
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     try:
@@ -651,6 +655,11 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
     if s.shallow == AUTO:
         shallow, boundary = find_boundary(folder, s, chosen.examples, calibration, tokenizer)
         s = replace(s, shallow=shallow)
+    parameters = sum(p.numel() for p in M.empty(config).parameters())
+    if s.how.needs == "fisher" and not has_start:  # said before anything is loaded or written
+        batches, _ = parallel.deal(calibration_batches(s, calibration))
+        plan.inputs_on(s, config, kept_inputs(s, config, batches),
+                       plan.element_size(s) * parameters)
     # Nothing runs on the whole model where it has a start, or needs no calibration.
     whole_on = "cpu" if s.shard and (has_start or s.how.needs == "nothing") else s.device
     model = checkpoint.load(folder, s.master_dtype, whole_on, task.classes or None, s.seed)
@@ -684,7 +693,6 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
             checkpoint.save_json(run / "ranks.json", report)
             checkpoint.save_adapter(start_file, model, initial, s.residual)
             show_start(s, report)
-    parameters = sum(p.numel() for p in M.empty(config).parameters())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"trainable: {count / 1e6:,.2f}M of {parameters / 1e6:,.1f}M; initialised in "
           f"{time.perf_counter() - started:.1f} s; --micro-batch {s.micro_batch}"
