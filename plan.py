@@ -384,7 +384,8 @@ def device_memory(device: str | None) -> float:
 
 
 def memory_used(device: str) -> float:
-    """Peak bytes so far: of the GPU's allocator, otherwise of the whole process (0 on Windows)."""
+    """Peak bytes: of the GPU's allocator since forget_peak, otherwise of the whole process so far
+    (0 on Windows)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -393,6 +394,12 @@ def memory_used(device: str) -> float:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak(device: str) -> None:
+    """Have memory_used count anew, where the system can: on a GPU."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 # ------------------------------------------------------------------------------------------- text

@@ -41,8 +41,10 @@ from model import (
 )
 
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
-MACHINE = ("device", "threads", "micro_batch", "checkpointing", "compile", "shard", "save_every",
-           "score_every", "score_limit")
+MACHINE = ("device", "threads", "micro_batch", "checkpointing", "compile", "cudnn_attention",
+           "shard", "save_every", "score_every", "score_limit")
+CUDNN_ATTENTION = ("on CUDA, take cuDNN's attention where torch prefers it; cuDNN plans anew for "
+                   "every new shape, and decoding has a new one at every token")
 COMPILERS = ("g++", "clang++", "cl")  # of which torch.compile needs one on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -132,6 +134,7 @@ class Settings:
     compile: bool = setting(False, "fuse norms and MLPs by torch.compile: a minute at the start, "
                                    "for a GPU to be faster afterwards; a CPU needs a C++ compiler "
                                    "and seldom gains")
+    cudnn_attention: bool = setting(False, CUDNN_ATTENTION)
     shard: bool = setting(False, "with several processes (torchrun): each keeps a part of every "
                                  "weight, and gathers a block's when it runs (FSDP2)")
     save_every: int = setting(200, "steps between checkpoints")
@@ -394,6 +397,21 @@ def use_threads(count: int | None) -> None:
     """Let torch use so many CPU threads; None leaves it as it is."""
     if count:
         torch.set_num_threads(count)
+
+
+def use_device(device: str | torch.device | None, cudnn_attention: bool = False) -> None:
+    """Have CUDA multiply fp32 matrices in fp32, and attend without cuDNN unless that is asked for;
+    a line says so."""
+    if torch.device(device or "cpu").type != "cuda":
+        if cudnn_attention:
+            print(f"note: --cudnn-attention has nothing to do on {device}")
+        return
+    if torch.get_float32_matmul_precision() != "highest":  # as some containers' environment has it
+        torch.set_float32_matmul_precision("highest")
+        print("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is not followed: fp32 products stay fp32, not TF32")
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+    print("cuDNN's attention is " + ("on: it plans anew for every new shape" if cudnn_attention else
+          "off, as it plans anew for every new shape; --cudnn-attention takes it"))
 
 
 def check_compiler(device: str | torch.device | None) -> None:

@@ -68,6 +68,7 @@ from settings import (
     run_main,
     settle,
     training_arguments,
+    use_device,
     use_threads,
     write_run,
 )
@@ -626,6 +627,7 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
         print("note: one process keeps all weights; --shard has nothing to do")
         s = replace(s, shard=False)
     use_threads(s.threads)
+    use_device(s.device, s.cudnn_attention)
     tokenizer = checkpoint.Tokenizer(folder, config)
     task = data.TASKS[s.task]
     chosen = data.training_set(rows, tokenizer, s.examples, s.max_length, s.seed, task)
@@ -679,6 +681,7 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
         (run / "checkpoint").mkdir(exist_ok=True)
 
     started = time.perf_counter()
+    plan.forget_peak(s.device)
     if has_start:
         initial = checkpoint.load_adapter(model, start_file, s.dropout)
         freeze(model, s)
@@ -695,8 +698,10 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
             show_start(s, report)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"trainable: {count / 1e6:,.2f}M of {parameters / 1e6:,.1f}M; initialised in "
-          f"{time.perf_counter() - started:.1f} s; --micro-batch {s.micro_batch}"
+          f"{time.perf_counter() - started:.1f} s and {plan.memory_used(s.device) / 1e9:.1f} GB; "
+          f"--micro-batch {s.micro_batch}"
           + (" (as memory had room; it decides the draws of dropout)" if s.dropout else ""))
+    plan.forget_peak(s.device)  # the log's is that of training
 
     if s.shard:
         parallel.shard_model(model, model.blocks, s.device)

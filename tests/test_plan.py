@@ -290,6 +290,17 @@ def test_what_a_gpu_has_no_room_for_must_have_room_beside_it(monkeypatch, device
             P.inputs_on(s, config, kept, 13.5e9)
 
 
+def test_a_gpus_peak_can_be_forgotten_and_a_processs_cannot(monkeypatch):
+    peak = {"cuda": 9.0, "cuda:1": 5.0}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak.get)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.pop(device))
+    P.forget_peak("cuda")
+    assert P.memory_used("cuda") is None and P.memory_used("cuda:1") == 5
+    before = P.memory_used("cpu")
+    P.forget_peak("cpu")
+    assert P.memory_used("cpu") >= before
+
+
 # -------------------------------------------------------------------------------------------- text
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -427,6 +428,41 @@ def test_inputs_are_kept_where_there_is_room(here, monkeypatch):
     with pytest.raises(C.UserError, match=r"free: give fewer --calibration-examples"):
         train.main([*SMALL, "--out", "none"])
     assert not Path("none").exists()
+
+
+def test_the_peak_of_the_start_is_the_starts_and_that_of_training_the_trainings(
+        here, monkeypatch, capsys):
+    """A peak that grows by 1 GB whenever something is measured or stepped, as on a GPU, from the 7
+    GB that a trial of boundaries took."""
+    peak = [7e9]
+
+    def growing(call, *args, **options):
+        peak[0] += 1e9
+        return call(*args, **options)
+
+    monkeypatch.setattr(farss, "measure", partial(growing, farss.measure))
+    monkeypatch.setattr(train, "train_step", partial(growing, train.train_step))
+    monkeypatch.setattr(plan, "memory_used", lambda device: peak[0])
+    monkeypatch.setattr(plan, "forget_peak", lambda device: peak.__setitem__(0, 0.0))
+    train.main([*SMALL, "--out", "run"])
+    assert C.read_json("run/ranks.json")["peak_memory_gb"] == 1
+    assert " s and 1.0 GB; --micro-batch" in capsys.readouterr().out
+    log = [json.loads(line)["memory_gb"] for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert log == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_and_evaluating_set_up_their_device(here, monkeypatch):
+    seen = []
+    for module in (train, E):
+        monkeypatch.setattr(module, "use_device", lambda *args: seen.append(args))
+    train.main([*SMALL, "--device", "cpu", "--out", "a"])
+    train.main([*SMALL, "--device", "cpu", "--cudnn-attention", "--out", "b"])
+    asked = ["--benchmarks", "gsm8k", "--data", "gsm8k=d/test.jsonl", "--limit", "1",
+             "--max-new-tokens", "1", "--device", "cpu"]
+    E.main(["a", *asked])
+    E.main(["a", *asked, "--cudnn-attention"])
+    cpu = torch.device("cpu")
+    assert seen == [("cpu", False), ("cpu", True), (cpu, False), (cpu, True)]
 
 
 def test_the_micro_batch_is_chosen_before_the_model_is_loaded(here, monkeypatch):
