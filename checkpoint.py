@@ -57,6 +57,18 @@ class UserError(ValueError):
     """Bad input that the user can mend: the scripts print it as one line and exit with 2."""
 
 
+LEAST = {"torch": "2.11", "huggingface_hub": "1.33"}  # as pyproject.toml has them
+
+
+def check_version(package: str, installed: str) -> None:
+    """UserError if the installed version of a package of LEAST is older than that."""
+    found, least = ([int(n) for n in re.findall(r"\d+", text)[:2]]
+                    for text in (installed, LEAST[package]))
+    if found < least:
+        raise UserError(f"{package} {installed} is too old; install {LEAST[package]} or newer: "
+                        f"pip install '{package}>={LEAST[package]}'")
+
+
 class AbsentError(UserError):
     """A file of the hub that is not there."""
 
@@ -211,9 +223,10 @@ def hub_download(repo: str, filename: str, repo_type: str = "model") -> Path:
 
     Raises UserError saying what to do, AbsentError if the repository or the cache has no such file.
     """
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import __version__, errors, hf_hub_download
     from huggingface_hub.utils import logging
 
+    check_version("huggingface_hub", __version__)
     logging.set_verbosity_error()  # its retries; the error below says it once
     where = f"{repo}/{filename}"
     try:
@@ -560,9 +573,10 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def free_memory(device: str | torch.device) -> float:
-    """Bytes that are free on a device now."""
+    """Bytes that are free on a device now, on a GPU with those that torch holds for later use."""
     if str(device).startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     free = 8e9  # macOS does not say
     if MEMINFO.exists():  # not MemFree: what only caches files counts as free
         lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())

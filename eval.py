@@ -68,6 +68,7 @@ from results import (
     write_records,
 )
 from settings import (
+    CUDNN_ATTENTION,
     DTYPES,
     Parser,
     Settings,
@@ -83,6 +84,7 @@ from settings import (
     provenance,
     read_run,
     run_main,
+    use_device,
     use_threads,
 )
 
@@ -640,6 +642,7 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     parser.add_argument("--compile", action="store_true", help="fuse norms and MLPs by "
                         "torch.compile: a minute at the start, for a GPU to be faster afterwards")
+    parser.add_argument("--cudnn-attention", action="store_true", help=CUDNN_ATTENTION)
     parser.add_argument("--text", type=Path, metavar="FILE", help="also the mean loss of this "
                         "text, which the model knew before")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
@@ -775,6 +778,7 @@ def main(argv: list[str] | None = None) -> None:
     asked = {b: questions(b, r) for b, r in rows.items()}
     use_threads(target.settings.threads if target.settings else
                 preset(name_of(about), task_of(about)).settings.get("threads"))
+    use_device(checkpoint.pick_device(args.device), args.cudnn_attention)
     model = load_target(target, args.dtype, args.device)
     if args.compile:
         check_compiler(M.embedding(model).device)
@@ -785,7 +789,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = Evaluator(model, tokenizer, 1, args.max_new_tokens, args.bos, scoring,
                           args.allow_code_execution)
     results = about | {"benchmarks": {}, "dtype": str(M.embedding(model).dtype),
-                       "compiled": args.compile,
+                       "compiled": args.compile, "cudnn_attention": args.cudnn_attention,
                        "batch_size": args.batch_size or "auto"} | provenance()
     results["benchmarks"] = kept_benchmarks(out, results, list(rows))
     epochs = epoch_scores(target.run) if target.run else []

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import checkpoint
+from checkpoint import UserError
 from farss import block_index
 from model import (
     CHUNK,
@@ -319,6 +320,27 @@ def kept_inputs(s: Settings, config: Config, tokens: int) -> int:
     return tokens * config.hidden_size * config.num_hidden_layers * element_size(s)
 
 
+def inputs_on(s: Settings, config: Config, kept: float, to_load: float = 0, fast: Any = None
+              ) -> str | None:
+    """Where the start keeps the inputs of all blocks, `kept` bytes: "cpu" if s.device has no room
+    beside the weights, of which `to_load` bytes are not there yet; None if they stay where they
+    are. UserError if the CPU has no room either."""
+    free = device_memory(s.device) - to_load
+    if leaves_room(initialisation_memory(s, config, 0, fast) | {"kept inputs": kept}, free):
+        return None
+    if warning := no_room_for(kept, free if s.device == "cpu" else device_memory("cpu")):
+        raise UserError(warning)
+    return "cpu"
+
+
+def no_room_for(kept: float, free: float) -> str | None:
+    """What to say where so many bytes of block inputs have no room in the CPU's memory."""
+    return None if leaves_room({"kept inputs": kept}, free) else (
+        f"the start keeps {kept / 1e9:.1f} GB of block inputs in the CPU's memory, of which "
+        f"{max(0, free) / 1e9:.1f} GB are free: give fewer --calibration-examples or a smaller "
+        "--max-length")
+
+
 def leaves_room(parts: dict[str, float], memory: float) -> bool:
     """Whether these bytes leave a tenth of the memory free, for what an estimate does not know."""
     return sum(parts.values()) <= 0.9 * memory
@@ -360,7 +382,8 @@ def device_memory(device: str | None) -> float:
 
 
 def memory_used(device: str) -> float:
-    """Peak bytes so far: of the GPU's allocator, otherwise of the whole process (0 on Windows)."""
+    """Peak bytes: of the GPU's allocator since forget_peak, otherwise of the whole process so far
+    (0 on Windows)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -369,6 +392,12 @@ def memory_used(device: str) -> float:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak(device: str) -> None:
+    """Have memory_used count anew, where the system can: on a GPU."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -467,6 +496,9 @@ def show(s: Settings, plan: Plan, known: str) -> None:
         print(f"              initialisation {by_part(plan.initialisation)}"
               + (f"; kept inputs, {plan.kept_apart / 1e9:.1f} GB, in CPU memory"
                  if plan.kept_apart else ""))
+        if warning := no_room_for(plan.kept_apart, device_memory("cpu")):
+            print(f"              ON THIS MACHINE THIS DOES NOT FIT: {warning}, if examples have "
+                  "--max-length tokens")
     if plan.summed_first:
         print(f"              deep {', '.join(plan.summed_first)}: tokens summed first, then seen "
               "along the directions: fewer products, if examples have --max-length tokens")

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -41,8 +42,10 @@ from model import (
 
 NARROW = 512  # models narrower than this start by farss.py itself, wider ones by fast/
 # A resumed run may change these: they decide rounding and the draws of dropout, nothing else.
-MACHINE = ("device", "threads", "micro_batch", "checkpointing", "compile", "shard", "save_every",
-           "score_every", "score_limit")
+MACHINE = ("device", "threads", "micro_batch", "checkpointing", "compile", "cudnn_attention",
+           "shard", "save_every", "score_every", "score_limit")
+CUDNN_ATTENTION = ("on CUDA, take cuDNN's attention where torch prefers it; cuDNN plans anew for "
+                   "every new shape, and decoding has a new one at every token")
 COMPILERS = ("g++", "clang++", "cl")  # of which torch.compile needs one on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -135,6 +138,7 @@ class Settings:
     compile: bool = setting(False, "fuse norms and MLPs by torch.compile: a minute at the start, "
                                    "for a GPU to be faster afterwards; a CPU needs a C++ compiler "
                                    "and seldom gains")
+    cudnn_attention: bool = setting(False, CUDNN_ATTENTION)
     shard: bool = setting(False, "with several processes (torchrun): each keeps a part of every "
                                  "weight, and gathers a block's when it runs (FSDP2)")
     save_every: int = setting(200, "steps between checkpoints")
@@ -403,6 +407,21 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def use_device(device: str | torch.device | None, cudnn_attention: bool = False) -> None:
+    """Have CUDA multiply fp32 matrices in fp32, and attend without cuDNN unless that is asked for;
+    a line says so."""
+    if torch.device(device or "cpu").type != "cuda":
+        if cudnn_attention:
+            print(f"note: --cudnn-attention has nothing to do on {device}")
+        return
+    if torch.get_float32_matmul_precision() != "highest":  # as some containers' environment has it
+        torch.set_float32_matmul_precision("highest")
+        print("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is not followed: fp32 products stay fp32, not TF32")
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+    print("cuDNN's attention is " + ("on: it plans anew for every new shape" if cudnn_attention else
+          "off, as it plans anew for every new shape; --cudnn-attention takes it"))
+
+
 def check_compiler(device: str | torch.device | None) -> None:
     """UserError unless what torch.compile needs for the device is there."""
     if str(device) == "cpu" and not (
@@ -419,9 +438,14 @@ def default_task(model: str) -> str:
 # ------------------------------------------------------------------------------- command line
 
 
+def say(kind: str, message: object) -> None:
+    """Print one line on stderr."""
+    print(f"{Path(sys.argv[0]).name}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, and out: 2 for bad input, 1 for a run that went wrong."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    say("error", message)
     sys.exit(code)
 
 
@@ -635,11 +659,13 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def run_main(main: Callable[[], None], with_less_memory: str = "") -> None:
     """Call a script's main: bad input ends as one line and exit 2, a full disk or exhausted
-    memory (with what to try) as one line and exit 1, Ctrl-C as 130."""
+    memory (with what to try) as one line and exit 1, Ctrl-C as 130; a warning is one line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that has no Σ shows a ? instead
             stream.reconfigure(errors="replace")
+    warnings.showwarning = lambda message, *_, **__: say("warning", message)
     try:
+        checkpoint.check_version("torch", torch.__version__)
         main()
     except UserError as error:
         fail(str(error))

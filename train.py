@@ -67,6 +67,7 @@ from settings import (
     run_main,
     settle,
     training_arguments,
+    use_device,
     use_threads,
     write_run,
 )
@@ -172,6 +173,11 @@ def calibration_batch(s: Settings, examples: list[data.Example]) -> int:
     return official.CALIBRATION_BATCH if s.official else plan.calibration_batch(longest)
 
 
+def kept_inputs(s: Settings, config: M.Config, batches: list[dict[str, Tensor]]) -> int:
+    """Bytes of what goes into each block, for these batches."""
+    return plan.kept_inputs(s, config, sum(b["input_ids"].numel() for b in batches))
+
+
 def calibration_loss(s: Settings) -> farss.Loss:
     """Whose gradients the δ are: by --fisher and --official."""
     if s.fisher == "sampled":
@@ -243,9 +249,8 @@ def start_from_fisher(model: M.Model, s: Settings, examples: list[data.Example]
     """FARSS's adapters, and what ranks.json says of them."""
     batches, fast = calibration_batches(s, examples), fast_form(s)
     first: dict[str, Tensor] = {}
-    kept = plan.kept_inputs(s, model.config, sum(b["input_ids"].numel() for b in batches))
-    need = plan.initialisation_memory(s, model.config, 0, fast) | {"kept inputs": kept}
-    keep_on = None if plan.leaves_room(need, plan.device_memory(s.device)) else "cpu"
+    kept = kept_inputs(s, model.config, batches)
+    keep_on = plan.inputs_on(s, model.config, kept, fast=fast)
     if keep_on and s.device != keep_on:
         print(f"{s.device} has no room for {kept / 1e9:.1f} GB of block inputs: kept on the CPU")
     measure: Any = farss.measure
@@ -597,6 +602,7 @@ def find_boundary(folder: Path, s: Settings, examples: list[data.Example],
             raise UserError("--shallow auto: a loss is not finite, or there is nothing to ask; "
                             "give a number")
         tried.append({"shallow": shallow, "K": math.exp(min(0.0, falls[0])), "fall": falls[1]})
+        del model  # before the next is loaded: memory may have room for one alone
     best = max(x["fall"] for x in tried)
     for x in tried:
         x["T"] = x["fall"] / best if best > 0 else 0.0
@@ -686,6 +692,7 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
         print("note: one process keeps all weights; --shard has nothing to do")
         s = replace(s, shard=False)
     use_threads(s.threads)
+    use_device(s.device, s.cudnn_attention)
     tokenizer = checkpoint.Tokenizer(folder, config)
     task = data.TASKS[s.task]
     chosen = data.training_set(rows, tokenizer, s.examples, s.max_length, s.seed, task)
@@ -715,6 +722,11 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
     if s.shallow == AUTO:
         shallow, boundary = find_boundary(folder, s, chosen.examples, calibration, tokenizer)
         s = replace(s, shallow=shallow)
+    parameters = sum(p.numel() for p in M.empty(config).parameters())
+    if s.how.needs == "fisher" and not has_start:  # said before anything is loaded or written
+        batches, _ = parallel.deal(calibration_batches(s, calibration))
+        plan.inputs_on(s, config, kept_inputs(s, config, batches),
+                       plan.element_size(s) * parameters, fast_form(s))
     # Nothing runs on the whole model where it has a start, or needs no calibration.
     whole_on = "cpu" if s.shard and (has_start or s.how.needs == "nothing") else s.device
     model = checkpoint.load(folder, s.master_dtype, whole_on, task.classes or None, s.seed)
@@ -734,6 +746,7 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
         (run / "checkpoint").mkdir(exist_ok=True)
 
     started = time.perf_counter()
+    plan.forget_peak(s.device)
     if has_start:
         initial = checkpoint.load_adapter(model, start_file, s.dropout)
         freeze(model, s)
@@ -748,11 +761,12 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
             checkpoint.save_json(run / "ranks.json", report)
             checkpoint.save_adapter(start_file, model, initial, s.residual)
             show_start(s, report)
-    parameters = sum(p.numel() for p in M.empty(config).parameters())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"trainable: {count / 1e6:,.2f}M of {parameters / 1e6:,.1f}M; initialised in "
-          f"{time.perf_counter() - started:.1f} s; --micro-batch {s.micro_batch}"
+          f"{time.perf_counter() - started:.1f} s and {plan.memory_used(s.device) / 1e9:.1f} GB; "
+          f"--micro-batch {s.micro_batch}"
           + (" (as memory had room; it decides the draws of dropout)" if s.dropout else ""))
+    plan.forget_peak(s.device)  # the log's is that of training
 
     if s.shard:
         parallel.shard_model(model, model.blocks, s.device)

@@ -7,6 +7,7 @@
                     computed for the directions that are chosen, alone
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ def smaller_side(W: Tensor) -> tuple[Tensor, Tensor]:
 
     From the Gram matrix WᵀW = V Σ² Vᵀ. Its rounding, ε σ_1², is ε σ_1² / σ_i to direction i: to
     those with σ_i >= σ_1 / 32 no more than an SVD's own. The others are found in the same way from
-    W on their complement, whose σ_1 is smaller, and a small rest by torch's SVD.
+    W on their complement, whose σ_1 is smaller; a small rest by torch's SVD, and so, with a
+    warning, a W whose Gram matrix torch cannot decompose.
     """
     m, n = W.shape
     if m < n:
@@ -51,7 +53,13 @@ def smaller_side(W: Tensor) -> tuple[Tensor, Tensor]:
         return S, Vh.T
     gram = OuterSum()
     gram.add(W)
-    square, V = torch.linalg.eigh(gram.total)  # reads the lower triangle alone
+    try:
+        square, V = torch.linalg.eigh(gram.total)  # reads the lower triangle alone
+    except torch.linalg.LinAlgError:
+        warnings.warn(f"eigh did not converge on the Gram matrix of a {m} x {n} matrix: its SVD is "
+                      "taken instead, which takes longer", stacklevel=2)
+        _, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return S, Vh.T
     del gram
     S, V = square.clamp(min=0).sqrt().flip(0), V.flip(1)
     top = int((S / S[0] >= EXACT).sum()) if S[0] > 0 else n

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -199,6 +200,14 @@ def test_free_memory_is_the_least_of_machine_and_container(tmp_path, monkeypatch
     monkeypatch.setattr(C, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(C, "CGROUP", tmp_path)
     assert C.free_memory("cpu") == free
+
+
+def test_free_memory_of_a_gpu_has_what_torch_holds_for_later_use(monkeypatch):
+    """10 of 80 are free for all, and of 70 that torch has taken 30 are in use."""
+    for name, value in (("mem_get_info", (10, 80)), ("memory_reserved", 70),
+                        ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert C.free_memory("cuda") == C.free_memory(torch.device("cuda", 1)) == 50
 
 
 def split_into_shards(folder, n=3):
@@ -640,6 +649,28 @@ def test_hub_errors(monkeypatch, kind, words):
         assert C.hub_optional("owner/name", "x") is None
     else:  # an optional file is absent only where the hub, or an offline cache, says so
         refused(lambda: C.hub_optional("owner/name", "x"), "owner/name/x", words)
+
+
+@pytest.mark.parametrize("installed, good", [
+    ("1.32.9", False), ("0.36.2", False), ("1.33.0", True), ("1.33rc1", True), ("2.4.0", True)])
+def test_a_hub_library_that_is_too_old_is_said_before_it_is_asked(
+        hub, checkpoint, monkeypatch, installed, good):
+    monkeypatch.setattr(huggingface_hub, "__version__", installed)
+    if good:
+        C.config_of("owner/name")
+    else:
+        with pytest.raises(C.UserError, match=r"^huggingface_hub .* too old; install 1.33"):
+            C.config_of("owner/name")
+
+
+def test_the_pinned_versions_are_among_those_that_are_said_to_do():
+    """pyproject.toml asks for no newer version than the code, and `make` installs one of these."""
+    root = Path(C.__file__).parent
+    asked = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    pins = dict(line.split("==") for line in (root / "requirements.txt").read_text().split())
+    for package, least in C.LEAST.items():
+        assert f"{package}>={least}" in asked
+        C.check_version(package, pins[package])
 
 
 @pytest.mark.parametrize("name", ["a/b c", "a/", "a/b.git"])

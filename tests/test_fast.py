@@ -106,6 +106,31 @@ def test_svd_by_gram_matrices_of_nothing_is_nothing(monkeypatch):
     assert not S.any() and not U.any() and torch.equal(Vh @ Vh.T, torch.eye(3))
 
 
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+@pytest.mark.parametrize("fails", [1, 2])  # of W itself, or of its lowest directions
+def test_where_eigh_does_not_converge_an_svd_stands_in_and_a_warning_says_so(
+        monkeypatch, shape, fails):
+    monkeypatch.setattr(decompositions, "SMALL", 8)
+    calls, eigh = [], torch.linalg.eigh
+
+    def stuck(gram):
+        calls.append(gram)
+        if len(calls) == fails:
+            raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+        return eigh(gram)
+
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    W = (U * torch.logspace(0, -4, 40, dtype=W.dtype)) @ Vh
+    monkeypatch.setattr(torch.linalg, "eigh", stuck)
+    with pytest.warns(UserWarning, match=r"^eigh did not converge .* \d+ x \d+ matrix: its SVD"):
+        U, S, Vh = decompositions.svd(W)
+    assert len(calls) == fails  # after the fallback nothing is left to decompose
+    close(U * S @ Vh, W)
+    for vectors in (U.T, Vh):
+        close(vectors @ vectors.T, torch.eye(40, dtype=W.dtype))
+
+
 # ------------------------------------------------------------------- moments along directions
 
 

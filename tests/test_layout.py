@@ -1,5 +1,5 @@
-"""The house: which file may import which, how long a thing may be, and that tables take the place of
-branches on names. Over all files of the project but its tests."""
+"""The house: which file may import which, how long a thing may be, and that tables stand in place
+of branches on names. Over all files of the project but its tests."""
 
 import ast
 import sys

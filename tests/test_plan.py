@@ -1,5 +1,7 @@
 """plan.py: the numbers of a run before it starts, and how they are shown."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import PeakBytes, tiny_batch, tiny_llama, write_checkpoint, write_data
@@ -284,6 +286,35 @@ def test_free_memory_of_the_cpu_is_positive_and_used_memory_grows():
     assert P.memory_used("cpu") > before and len(block)
 
 
+@pytest.mark.parametrize("device, free, cpu, where", [
+    ("cuda", 80e9, 1e9, None), ("cuda", 24e9, 40e9, "cpu"), ("cuda", 24e9, 38e9, "keeps 34.4 GB"),
+    ("cuda:1", 24e9, 30e9, "of which 30.0 GB are free"), ("cpu", 0, 80e9, None),
+    ("cpu", 0, 53e9, "cpu"), ("cpu", 0, 50e9, "of which 36.5 GB are free")])
+def test_what_a_gpu_has_no_room_for_must_have_room_beside_it(monkeypatch, device, free, cpu, where):
+    """Llama-2-7B, of which 13.5 GB of weights are yet to be loaded; 256 x 512 tokens into 32 blocks
+    of width 4096 are 34.4 GB."""
+    s, config = S.settle(S.training_arguments("", [
+        "--model", "llama2-7b", "--dry-run", "--dtype", "bfloat16"]))
+    s, kept = replace(s, device=device), P.kept_inputs(s, config, P.calibration_tokens(s))
+    monkeypatch.setattr(P, "device_memory", lambda name: cpu if name == "cpu" else free)
+    if where in (None, "cpu"):
+        assert P.inputs_on(s, config, kept, 13.5e9) == where
+    else:
+        with pytest.raises(C.UserError, match=f"{where}.*fewer --calibration-examples"):
+            P.inputs_on(s, config, kept, 13.5e9)
+
+
+def test_a_gpus_peak_can_be_forgotten_and_a_processs_cannot(monkeypatch):
+    peak = {"cuda": 9.0, "cuda:1": 5.0}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak.get)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.pop(device))
+    P.forget_peak("cuda")
+    assert P.memory_used("cuda") is None and P.memory_used("cuda:1") == 5
+    before = P.memory_used("cpu")
+    P.forget_peak("cpu")
+    assert P.memory_used("cpu") >= before
+
+
 # -------------------------------------------------------------------------------------------- text
 
 
@@ -355,3 +386,17 @@ def test_what_the_paper_prints_of_one_model_is_not_said_of_another(capsys, model
 ])
 def test_plans(capsys, argv, says):
     assert says in shown(capsys, *argv)
+
+
+@pytest.mark.parametrize("method, said", [("farss", True), ("corda-kpm", False)])
+def test_the_plan_says_where_kept_inputs_have_no_room(capsys, monkeypatch, method, said):
+    """34.4 GB of FARSS's; a method that needs covariances keeps what goes into one block."""
+    argv = ["--model", "llama2-7b", "--memory", "16", "--method", method]
+    monkeypatch.setattr(C, "free_memory", lambda device: 39e9)
+    out = shown(capsys, *argv)
+    assert "DOES NOT FIT: the start" not in out and ("in CPU memory" in out) == said
+    monkeypatch.setattr(C, "free_memory", lambda device: 30e9)
+    assert ("ON THIS MACHINE THIS DOES NOT FIT: the start keeps 34.4 GB of block inputs in the "
+            "CPU's memory, of which 30.0 GB are free: give fewer --calibration-examples or a "
+            "smaller --max-length, if examples have --max-length tokens\n"
+            in shown(capsys, *argv)) == said

@@ -1,7 +1,12 @@
 """settings.py: where a setting comes from, the table of methods, the run's folder."""
 
 import argparse
+import os
+import subprocess
+import sys
+import warnings
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,7 +147,8 @@ def test_every_setting_is_a_flag_with_a_help_text():
         assert len(f.metadata["help"]) > 10
         value = {"method": "lora", "task": "math", "dtype": "bfloat16", "fisher": "sampled",
                  "residual": "exact", "freeze": "deep-third", "official": None,
-                 "checkpointing": None, "shard": None, "compile": None}.get(f.name, "1")
+                 "checkpointing": None, "shard": None, "compile": None,
+                 "cudnn_attention": None}.get(f.name, "1")
         argv = ["--model", "tiny", "--" + f.name.replace("_", "-"), *([value] if value else [])]
         assert f.name in S.given(S.training_arguments("", argv))
 
@@ -342,3 +348,71 @@ def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch):
         S.check_compiler("cpu")
     monkeypatch.setenv("CXX", "c++-9")
     S.check_compiler("cpu")
+
+
+@pytest.mark.parametrize("installed, good", [
+    ("2.9.1", False), ("2.10.0+cu128", False), ("2.11.0a0+git", True), ("2.13.0+cpu", True),
+    ("3.0", True)])
+def test_every_command_says_in_a_line_that_torch_is_too_old(monkeypatch, capsys, installed, good):
+    monkeypatch.setattr(torch, "__version__", installed)
+    ran = []
+    if good:
+        S.run_main(lambda: ran.append(1))
+    else:
+        with pytest.raises(SystemExit) as stop:
+            S.run_main(lambda: ran.append(1))
+        assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert bool(ran) == good and err.count("\n") == (not good)
+    assert good or f"torch {installed} is too old; install 2.11 or newer" in err
+
+
+def test_a_warning_is_one_line(capsys):
+    S.run_main(lambda: warnings.warn("two\n  lines", stacklevel=1))
+    err = capsys.readouterr().err
+    assert err.endswith(": warning: two lines\n") and err.count("\n") == 1
+
+
+@pytest.fixture
+def cudnn():
+    """Whether cuDNN's attention is on, as torch leaves it and as a test does; restored."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    yield torch.backends.cuda.cudnn_sdp_enabled
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_cudnns_attention_is_taken_on_cuda_where_it_is_asked_for(capsys, cudnn):
+    assert cudnn()  # torch's own choice, which a CPU run leaves alone
+    S.use_device("cpu")
+    assert cudnn() and not capsys.readouterr().out
+    S.use_device(torch.device("cuda", 1))
+    said = capsys.readouterr().out
+    assert not cudnn() and said.startswith("cuDNN's attention is off,") and said.count("\n") == 1
+    S.use_device("cuda", True)
+    said = capsys.readouterr().out
+    assert cudnn() and said.startswith("cuDNN's attention is on:") and said.count("\n") == 1
+    S.use_device("cpu", True)
+    assert "--cudnn-attention has nothing to do on cpu\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variable, device, says", [
+    ("1", "cuda", True), ("1", "cpu", False), ("0", "cuda", False), (None, "cuda", False)])
+def test_fp32_products_stay_fp32_on_cuda_whatever_the_environment_asks_for(variable, device, says):
+    """In a process of its own, as torch reads the variable when it is imported."""
+    script = f"""
+import torch, settings
+cuda = torch.backends.cuda.matmul
+print(cuda.allow_tf32)
+settings.use_device({device!r})
+print(cuda.allow_tf32, torch.get_float32_matmul_precision())
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"}
+    if variable:
+        environment["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = variable
+    process = subprocess.run([sys.executable, "-c", script], env=environment, text=True,
+                             capture_output=True, check=True, cwd=Path(S.__file__).parent)
+    before, *said, after = process.stdout.splitlines()
+    assert before == str(variable == "1")
+    assert after == ("False highest" if device == "cuda" else "True high")
+    assert any(line.startswith("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is not followed")
+               for line in said) == says

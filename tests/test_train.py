@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import gc
 import json
 import math
 import os
@@ -9,6 +10,8 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -411,14 +414,56 @@ def test_a_run_leaves_what_it_says(here, capsys):
 
 
 def test_inputs_are_kept_where_there_is_room(here, monkeypatch):
-    """2,000 tokens of 4 blocks of width 32 in fp32 are 1 MB: twice that must be free."""
+    """What goes into the blocks is 0.7 MB, and the start takes 3.8 MB in all. Where that is not
+    free, room for the first must be, beside the weights, or it is said before anything is done."""
     seen, measure = [], farss.measure
     monkeypatch.setattr(farss, "measure", lambda *a, **k: seen.append(k["keep_on"])
                         or measure(*a, **k))
-    for free in (1e10, 1e5):
+    weights = sum(p.nbytes for p in C.load("tiny", device="cpu").parameters())
+    for free in (1e10, weights + 1e6):
         monkeypatch.setattr(plan, "device_memory", lambda device, free=free: free)
         train.main([*SMALL, "--out", f"{free:g}"])
     assert seen == [None, "cpu"]
+    monkeypatch.setattr(plan, "device_memory", lambda device: weights + 5e5)
+    monkeypatch.setattr(C, "load", lambda *_: 1 / 0)
+    with pytest.raises(C.UserError, match=r"free: give fewer --calibration-examples"):
+        train.main([*SMALL, "--out", "none"])
+    assert not Path("none").exists()
+
+
+def test_the_peak_of_the_start_is_the_starts_and_that_of_training_the_trainings(
+        here, monkeypatch, capsys):
+    """A peak that grows by 1 GB whenever something is measured or stepped, as on a GPU, from the 7
+    GB that a trial of boundaries took."""
+    peak = [7e9]
+
+    def growing(call, *args, **options):
+        peak[0] += 1e9
+        return call(*args, **options)
+
+    monkeypatch.setattr(farss, "measure", partial(growing, farss.measure))
+    monkeypatch.setattr(train, "train_step", partial(growing, train.train_step))
+    monkeypatch.setattr(plan, "memory_used", lambda device: peak[0])
+    monkeypatch.setattr(plan, "forget_peak", lambda device: peak.__setitem__(0, 0.0))
+    train.main([*SMALL, "--out", "run"])
+    assert C.read_json("run/ranks.json")["peak_memory_gb"] == 1
+    assert " s and 1.0 GB; --micro-batch" in capsys.readouterr().out
+    log = [json.loads(line)["memory_gb"] for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert log == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_and_evaluating_set_up_their_device(here, monkeypatch):
+    seen = []
+    for module in (train, E):
+        monkeypatch.setattr(module, "use_device", lambda *args: seen.append(args))
+    train.main([*SMALL, "--device", "cpu", "--out", "a"])
+    train.main([*SMALL, "--device", "cpu", "--cudnn-attention", "--out", "b"])
+    asked = ["--benchmarks", "gsm8k", "--data", "gsm8k=d/test.jsonl", "--limit", "1",
+             "--max-new-tokens", "1", "--device", "cpu"]
+    E.main(["a", *asked])
+    E.main(["a", *asked, "--cudnn-attention"])
+    cpu = torch.device("cpu")
+    assert seen == [("cpu", False), ("cpu", True), (cpu, False), (cpu, True)]
 
 
 def test_the_micro_batch_is_chosen_before_the_model_is_loaded(here, monkeypatch):
@@ -1186,6 +1231,32 @@ def test_the_boundary_with_the_best_of_both_is_taken(tmp_path, monkeypatch, caps
     train.main([*SMALL, "--shallow", str(best), "--out", "given"])
     one, two = (Path(run) / "adapter.safetensors" for run in ("auto", "given"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_no_candidate_is_loaded_while_another_lives(tmp_path, monkeypatch):
+    """A card that has room for less than two models has room for the search, and for the run after
+    it; without the garbage collector, which frees when it likes."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint("tiny", num_hidden_layers=16, hidden_size=16, intermediate_size=32,
+                     num_attention_heads=2, num_key_value_heads=1)
+    write_data("d")
+    monkeypatch.setattr(E, "known_examples", lambda *_: [data.Example([256, 5, 6, 7, 8], 2)])
+    monkeypatch.setattr(train, "TRIAL_STEPS", 1)
+    load, weights, alive = C.load, [], []
+
+    def watched(*args):
+        alive.append(sum(W() is not None for W in weights))
+        model = load(*args)
+        weights.extend(weakref.ref(p) for p in model.parameters())
+        return model
+
+    monkeypatch.setattr(C, "load", watched)
+    gc.disable()
+    try:
+        train.main([*SMALL, "--shallow", "auto"])
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0, 0]
 
 
 def test_a_boundary_that_cannot_be_tried_is_one_line(here, monkeypatch):

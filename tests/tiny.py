@@ -111,6 +111,8 @@ def oracle(folder, **options):
     """transformers' model of a folder."""
     import transformers
 
+    if C.read_config(folder).attn_logit_softcapping:  # transformers 5.17's sdpa ignores it
+        options["attn_implementation"] = "eager"
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
