@@ -339,6 +339,17 @@ def read_config(folder: str | Path) -> Config:
         if not good(value[name]):
             shown = "eos_token_id" if name == "eos_token_ids" else name
             raise UserError(f"{path}: {shown} must be {what}, not {value[name]!r}")
+    check_sizes(value, said, path)
+    check_layer_types(raw, value, path)
+    for field in fields(Config):
+        if type(value[field.name]) is int and field.type not in (int, int | None, Count):
+            value[field.name] = float(value[field.name])
+    return Config(**{f.name: value[f.name] for f in fields(Config)})
+
+
+def check_sizes(value: dict, said: dict, path: Path) -> None:
+    """UserError for sizes that no model has, or that do not fit each other."""
+    defaults = FAMILIES[value["model_type"]].defaults
     heads, kv_heads = value["num_attention_heads"], value["num_key_value_heads"]
     sizes = {name: value[name] for name in REQUIRED} | {"heads x width": heads * value["head_dim"]}
     for name, size in sizes.items():  # no model is near, and more cannot even be laid out
@@ -351,11 +362,6 @@ def read_config(folder: str | Path) -> Config:
     if value["head_dim"] % 2 and "rope_theta" in defaults:
         raise UserError(f"{path}: head_dim must be even, for rotary pairs, not "
                         f"{value['head_dim']}")
-    check_layer_types(raw, value, path)
-    for field in fields(Config):
-        if type(value[field.name]) is int and field.type not in (int, int | None, Count):
-            value[field.name] = float(value[field.name])
-    return Config(**{f.name: value[f.name] for f in fields(Config)})
 
 
 def check_layer_types(raw: dict, value: dict, path: Path) -> None:

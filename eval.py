@@ -602,7 +602,7 @@ def batch_size(text: str) -> int | None:
     raise argparse.ArgumentTypeError("must be auto or at least 1")
 
 
-def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def evaluation_parser() -> Parser:
     parser = Parser(__doc__ + "".join(f"    {name:14} {b.group}: {b.about}\n"
                                       for name, b in BENCHMARKS.items()))
     parser.add_argument("target", nargs="?", help="run folder, short name, hub id, model folder, "
@@ -653,6 +653,12 @@ def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw finished runs "
                         "(K against T, forgetting on the way, ranks, spectra, loss) and stop; "
                         "pictures of several runs go into --out")
+    return parser
+
+
+def evaluation_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of eval.py, checked as far as that goes without files."""
+    parser = evaluation_parser()
     args = parser.parse_args(argv)
     if [args.target, args.rescore, args.table, args.plot].count(None) != 3:
         parser.error("give one run or model, --rescore RUN, --table RUN ... or --plot RUN ...")

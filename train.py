@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -438,11 +438,9 @@ def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
     Continues from the newest checkpoint in run/checkpoint. Ctrl-C or SIGTERM finish the step
     and save. A loss, gradient or weight that is not finite ends the run and leaves the checkpoint.
     """
-    examples = chosen.examples
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=s.lr, weight_decay=s.weight_decay,
-                                  fused=torch.device(s.device).type in FUSED or None)
-    per_epoch = math.ceil(len(examples) / s.batch_size)
+    optimizer = adamw(s, trained.values())
+    per_epoch = math.ceil(len(chosen.examples) / s.batch_size)
     steps = s.steps or s.epochs * per_epoch
     model.body.gradient_checkpointing = s.checkpointing
     model.train()
@@ -450,13 +448,7 @@ def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
     belongs = {"start": start_of_run(run), "settings": {
         k: v for k, v in asdict(s).items() if k not in MACHINE}}
     start = resume(run, trained, optimizer, belongs)
-    log = run / "log.jsonl"
-    if parallel.first():  # forget what came after the checkpoint
-        done = log.read_text().splitlines()[:start] if log.exists() else []
-        with checkpoint.atomic(log) as temporary:
-            temporary.write_text("".join(line + "\n" for line in done))
-
-    lengths: list[int] = [len(e.ids) for e in examples]
+    log, lengths = log_up_to(run, start), [len(e.ids) for e in chosen.examples]
     asked_to_stop: list[bool] = []
     epoch, batches = -1, []
     with tqdm(total=steps, initial=start, desc=f"{s.method}", disable=None) as bar, \
@@ -466,48 +458,76 @@ def train(model: M.Model, s: Settings, chosen: data.TrainingSet, run: Path,
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 batches = data.epoch_batches(lengths, s.batch_size, s.seed, epoch)
-            lr = s.lr * schedule(step, steps, s.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            began = time.perf_counter()
-            batch = [examples[i] for i in batches[step % per_epoch]]
-            parallel.reseed(s.seed, step)
-            loss, norm, tokens = train_step(model, batch, s, optimizer, list(trained.values()))
-            rows = [chosen.rows[i] for i in batches[step % per_epoch]]
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                diverged(run, s, f"step {step + 1}: loss {loss}, gradient norm {norm}", rows)
-            speed = tokens / (time.perf_counter() - began)
-            memory = plan.memory_used(s.device) / 1e9
-            line: dict[str, Any] = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
-                    "tokens": tokens, "tokens_per_s": round(speed, 1),
-                    "memory_gb": round(memory, 3)}
-            if validate and (step + 1 in (steps, (epoch + 1) * per_epoch)):
+            picked = batches[step % per_epoch]
+            rows = [chosen.rows[i] for i in picked]
+            line = logged_step(model, [chosen.examples[i] for i in picked], s, optimizer, trained,
+                               (step, steps))
+            if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
+                diverged(run, s, line, "", rows)
+            last, stopping = step + 1 == steps, parallel.anywhere(bool(asked_to_stop))
+            if validate and (last or step + 1 == (epoch + 1) * per_epoch):
                 line["validation"] = validate()
-            if score and (step + 1 == steps or (step + 1) % s.score_every == 0):
+            if score and (last or (step + 1) % s.score_every == 0):
                 line["scores"] = score()
             out.write(json.dumps(line) + "\n")
             out.flush()
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory:.1f} GB")
-            last, stopping = step + 1 == steps, parallel.anywhere(bool(asked_to_stop))
+            bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {memory_gb:.1f} GB"
+                                .format_map(line))
             saving = stopping or ((step + 1) % s.save_every == 0 and not last)
             if (saving or last) and parallel.anywhere(not all_finite(trained.values())):
-                diverged(run, s, f"step {step + 1}: weights that are not finite after loss {loss}, "
-                         f"gradient norm {norm}", rows)
+                diverged(run, s, line, "weights that are not finite after ", rows)
             if saving:
                 if parallel.first():
                     os.fsync(out.fileno())  # no step may be in a checkpoint and not in the log
-                path = run / "checkpoint" / f"step-{step + 1:06d}.safetensors"
-                save_checkpoint(path, step + 1, trained, optimizer, belongs)
-                if parallel.first():
-                    for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
-                        old.unlink()
+                keep_checkpoint(run, step + 1, trained, optimizer, belongs)
             if stopping:
                 parallel.barrier()  # until it is saved
                 return last
         if parallel.first():
             os.fsync(out.fileno())
     return True
+
+
+def adamw(s: Settings, trained: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay,
+                             fused=torch.device(s.device).type in FUSED or None)
+
+
+def log_up_to(run: Path, step: int) -> Path:
+    """log.jsonl without what came after the checkpoint."""
+    log = run / "log.jsonl"
+    if parallel.first():
+        done = log.read_text().splitlines()[:step] if log.exists() else []
+        with checkpoint.atomic(log) as temporary:
+            temporary.write_text("".join(line + "\n" for line in done))
+    return log
+
+
+def logged_step(model: M.Model, batch: list[data.Example], s: Settings,
+                optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter],
+                place: tuple[int, int]) -> dict[str, Any]:
+    """The step at `place` (step, of so many) of the schedule: its line of log.jsonl."""
+    step, steps = place
+    lr = s.lr * schedule(step, steps, s.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    began = time.perf_counter()
+    parallel.reseed(s.seed, step)
+    loss, norm, tokens = train_step(model, batch, s, optimizer, list(trained.values()))
+    return {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
+            "tokens_per_s": round(tokens / (time.perf_counter() - began), 1),
+            "memory_gb": round(plan.memory_used(s.device) / 1e9, 3)}
+
+
+def keep_checkpoint(run: Path, step: int, trained: dict[str, nn.Parameter],
+                    optimizer: torch.optim.Optimizer, belongs: dict[str, Any]) -> None:
+    """Save a checkpoint, and keep the one before it, too."""
+    path = run / "checkpoint" / f"step-{step:06d}.safetensors"
+    save_checkpoint(path, step, trained, optimizer, belongs)
+    if parallel.first():
+        for old in sorted(path.parent.glob("step-*.safetensors"))[:-2]:
+            old.unlink()
 
 
 def start_of_run(run: Path) -> str | None:
@@ -521,10 +541,11 @@ def all_finite(trained: Iterable[nn.Parameter]) -> bool:
     return all(bool(parallel.own(p).isfinite().all()) for p in trained)
 
 
-def diverged(run: Path, s: Settings, what: str, rows: list[int]) -> NoReturn:
+def diverged(run: Path, s: Settings, line: dict[str, Any], what: str, rows: list[int]) -> NoReturn:
     """Say what happened, on which rows, and what is left; nothing of it is saved."""
     kept = newest_checkpoint(run)
-    fail(f"{what}, on rows {', '.join(map(str, sorted(rows)))} of {s.data} (counted from 1); "
+    fail(f"step {line['step']}: {what}loss {line['loss']}, gradient norm {line['grad_norm']}, "
+         f"on rows {', '.join(map(str, sorted(rows)))} of {s.data} (counted from 1); "
          "nothing of this step was saved. "
          + (f"Last checkpoint: {kept}" if kept else "No checkpoint yet"), code=1)
 
@@ -614,7 +635,7 @@ def find_boundary(folder: Path, s: Settings, examples: list[data.Example],
 def run_trial(model: M.Model, s: Settings, examples: list[data.Example]) -> None:
     """The first s.steps steps of an epoch, the schedule fitted to them."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay)
+    optimizer = adamw(s, trained)
     batches = data.epoch_batches([len(e.ids) for e in examples], s.batch_size, s.seed, 0)
     model.train()
     torch.manual_seed(s.seed)
@@ -648,44 +669,68 @@ def main(argv: list[str] | None = None) -> None:
         one_run(args, begun)
 
 
+class Asked(NamedTuple):
+    """What the arguments ask for, before anything is loaded."""
+
+    s: Settings
+    config: M.Config
+    run: Path
+    folder: Path  # of the base model
+    rows: list[data.Row]
+    recorded: bool  # whether run.json is there already
+    local: bool = False  # whether the base is a folder of the user's
+
+
+def resumed(args: argparse.Namespace) -> Asked:
+    """A stopped run, with its own settings."""
+    run = args.resume
+    s, recorded = read_run(run)
+    if finished(run):
+        shutil.rmtree(run / "checkpoint.tmp", ignore_errors=True)  # killed while they went
+        raise UserError(f"{run} is finished; evaluate it with python eval.py {run}")
+    s = replace(s, **given(args))
+    folder = base_of(run, s, recorded, args.base)
+    config = for_task(checkpoint.read_config(folder), s.task)
+    rows = data.read_rows(s.data, data.TASKS[s.task].source)
+    check(s, config)
+    return Asked(s, config, run, folder, rows, True)
+
+
+def new_run(args: argparse.Namespace, begun: list[Path]) -> Asked | None:
+    """A new run; None where its plan alone was asked for, which is printed."""
+    s, config = settle(args)
+    run = args.out or run_folder(s)
+    if not args.dry_run:  # before the data are read
+        check_new(run)
+        begun.append(run)
+    rows = (data.read_rows(s.data, data.TASKS[s.task].source)
+            if not args.dry_run or data.is_local(s.data) else [])
+    planned = plan.make(s, config, args.memory and args.memory * 1e9, len(rows), fast_form(s))
+    print("\n".join(origins(s, config, given(args), args.from_run)))
+    if args.dry_run:
+        plan.show(s, planned, known_as(s.model, config))
+        return None
+    if warning := plan.dropout_note(s):
+        print(f"dropout {warning}")
+    if form := plan.form_note(s, planned):
+        print(f"start by {form}")
+    s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
+    again = read_run(args.from_run)[1] if args.from_run else {}
+    folder = (base_of(args.from_run, s, again, args.base) if args.from_run else
+              checkpoint.fetch(s.model))
+    local = checkpoint.is_folder(s.model) or args.base or again.get("base")
+    return Asked(s, config, run, folder, rows, False, bool(local))
+
+
 def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
     """From the arguments to the finished run, and its plan alone with --dry-run. The run's folder
     goes into `begun` as soon as something may be left in it."""
     if args.resume:
-        run = args.resume
-        begun.append(run)
-        s, recorded = read_run(run)
-        if finished(run):
-            shutil.rmtree(run / "checkpoint.tmp", ignore_errors=True)  # killed while they went
-            raise UserError(f"{run} is finished; evaluate it with python eval.py {run}")
-        s = replace(s, **given(args))
-        folder = base_of(run, s, recorded, args.base)
-        config = for_task(checkpoint.read_config(folder), s.task)
-        rows = data.read_rows(s.data, data.TASKS[s.task].source)
-        check(s, config)
-    else:
-        s, config = settle(args)
-        run, recorded = args.out or run_folder(s), None
-        if not args.dry_run:  # before the data are read
-            check_new(run)
-            begun.append(run)
-        rows = (data.read_rows(s.data, data.TASKS[s.task].source)
-                if not args.dry_run or data.is_local(s.data) else [])
-        planned = plan.make(s, config, args.memory and args.memory * 1e9, len(rows), fast_form(s))
-        print("\n".join(origins(s, config, given(args), args.from_run)))
-        if args.dry_run:
-            plan.show(s, planned, known_as(s.model, config))
-            return
-        if warning := plan.dropout_note(s):
-            print(f"dropout {warning}")
-        if form := plan.form_note(s, planned):
-            print(f"start by {form}")
-        s = replace(s, micro_batch=planned.micro_batch, checkpointing=planned.checkpointing)
-        again = read_run(args.from_run)[1] if args.from_run else {}
-        folder = (base_of(args.from_run, s, again, args.base) if args.from_run else
-                  checkpoint.fetch(s.model))
-        local = checkpoint.is_folder(s.model) or args.base or again.get("base")
-
+        begun.append(args.resume)
+    asked = resumed(args) if args.resume else new_run(args, begun)
+    if asked is None:
+        return
+    s, config, run, folder, rows, recorded, local = asked
     parallel.check(s.device, s.batch_size)
     s = parallel.same(s)  # the micro-batch, too, which each may have chosen by its own memory
     if s.shard and parallel.size() == 1:
@@ -696,20 +741,12 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
     tokenizer = checkpoint.Tokenizer(folder, config)
     task = data.TASKS[s.task]
     chosen = data.training_set(rows, tokenizer, s.examples, s.max_length, s.seed, task)
-    print(f"data: {len(chosen.examples):,} of {len(rows):,} rows of {s.data} "
-          f"({' + '.join(data.columns(rows[0], task))})"
-          + (f"; {chosen.dropped} dropped, no response within {s.max_length} tokens"
-             if chosen.dropped else "")
-          + (f"; {chosen.cut} cut after {s.max_length} tokens, so without their end"
-             if chosen.cut else ""))
+    show_data(s, config, chosen, rows)
     validation = {  # a wrong label of it, too, is found before anything is written
         b: questions(b, evaluation.rows_of(b, s))
         for b in (of_group(BENCHMARKS, task.group) if task.classes else [])}
     scored = {b: questions(b, evaluation.rows_of(b, s)[: s.score_limit])
               for b in (of_task(s.task) if s.score_every else [])}
-    if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
-        print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
-              "examples are longer")
     start_file = run / "checkpoint" / "init.safetensors"
     if parallel.first():
         drop_damaged(start_file)
@@ -731,7 +768,7 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
     whole_on = "cpu" if s.shard and (has_start or s.how.needs == "nothing") else s.device
     model = checkpoint.load(folder, s.master_dtype, whole_on, task.classes or None, s.seed)
     parallel.barrier()  # all have seen the folder as it was
-    if recorded is None and parallel.first():  # run.json first: with it alone a run can be resumed
+    if not recorded and parallel.first():  # run.json first: with it alone a run can be resumed
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.sync_entries(run.parent)
         write_run(run, s, {
@@ -744,30 +781,7 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
             "base_fingerprint": model.fingerprint})
     if parallel.first():
         (run / "checkpoint").mkdir(exist_ok=True)
-
-    started = time.perf_counter()
-    plan.forget_peak(s.device)
-    if has_start:
-        initial = checkpoint.load_adapter(model, start_file, s.dropout)
-        freeze(model, s)
-        print(f"initialisation read from {start_file}")
-    else:
-        initial, report = initialise(model, s, calibration)
-        if report and parallel.first():
-            report["seconds"] = round(time.perf_counter() - started, 1)
-            if spectra := report.pop("spectra", None):
-                checkpoint.save_tensors(run / "spectra.safetensors", spectra, {})
-            report["peak_memory_gb"] = round(plan.memory_used(s.device) / 1e9, 2)
-            checkpoint.save_json(run / "ranks.json", report)
-            checkpoint.save_adapter(start_file, model, initial, s.residual)
-            show_start(s, report)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"trainable: {count / 1e6:,.2f}M of {parameters / 1e6:,.1f}M; initialised in "
-          f"{time.perf_counter() - started:.1f} s and {plan.memory_used(s.device) / 1e9:.1f} GB; "
-          f"--micro-batch {s.micro_batch}"
-          + (" (as memory had room; it decides the draws of dropout)" if s.dropout else ""))
-    plan.forget_peak(s.device)  # the log's is that of training
-
+    initial = start_of_training(model, s, run, None if has_start else calibration)
     if s.shard:
         parallel.shard_model(model, model.blocks, s.device)
     if s.compile:
@@ -778,8 +792,56 @@ def one_run(args: argparse.Namespace, begun: list[Path]) -> None:
         print(f"stopped; go on with: python train.py --resume {run}")
         sys.exit(130)
     parallel.unshard(model)
-    if not parallel.first():
-        return
+    if parallel.first():
+        save_result(model, s, run, folder, initial)
+
+
+def show_data(s: Settings, config: M.Config, chosen: data.TrainingSet, rows: list[data.Row]
+              ) -> None:
+    """What is trained on, in a line or two."""
+    print(f"data: {len(chosen.examples):,} of {len(rows):,} rows of {s.data} "
+          f"({' + '.join(data.columns(rows[0], data.TASKS[s.task]))})"
+          + (f"; {chosen.dropped} dropped, no response within {s.max_length} tokens"
+             if chosen.dropped else "")
+          + (f"; {chosen.cut} cut after {s.max_length} tokens, so without their end"
+             if chosen.cut else ""))
+    if max(len(e.ids) for e in chosen.examples) > config.max_position_embeddings:
+        print(f"note: {s.model} was made for {config.max_position_embeddings} tokens, and some "
+              "examples are longer")
+
+
+def start_of_training(model: M.Model, s: Settings, run: Path,
+                      calibration: list[data.Example] | None) -> Initial:
+    """Attach the adapters: those of the run's start file, where `calibration` is None, else new
+    ones, which are written there. {layer: (A0, B0)} of what was taken out of W."""
+    start_file, began = run / "checkpoint" / "init.safetensors", time.perf_counter()
+    plan.forget_peak(s.device)
+    if calibration is None:
+        initial = checkpoint.load_adapter(model, start_file, s.dropout)
+        freeze(model, s)
+        print(f"initialisation read from {start_file}")
+    else:
+        initial, report = initialise(model, s, calibration)
+        if report and parallel.first():
+            report["seconds"] = round(time.perf_counter() - began, 1)
+            if spectra := report.pop("spectra", None):
+                checkpoint.save_tensors(run / "spectra.safetensors", spectra, {})
+            report["peak_memory_gb"] = round(plan.memory_used(s.device) / 1e9, 2)
+            checkpoint.save_json(run / "ranks.json", report)
+            checkpoint.save_adapter(start_file, model, initial, s.residual)
+            show_start(s, report)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in M.empty(model.config).parameters())
+    print(f"trainable: {count / 1e6:,.2f}M of {whole / 1e6:,.1f}M; initialised in "
+          f"{time.perf_counter() - began:.1f} s and {plan.memory_used(s.device) / 1e9:.1f} GB; "
+          f"--micro-batch {s.micro_batch}"
+          + (" (as memory had room; it decides the draws of dropout)" if s.dropout else ""))
+    plan.forget_peak(s.device)  # the log's is that of training
+    return initial
+
+
+def save_result(model: M.Model, s: Settings, run: Path, folder: Path, initial: Initial) -> None:
+    """Write the adapter, or the model where all weights were trained, and draw the run."""
     if s.how.trains == "weights":
         checkpoint.save(model.to(DTYPES[s.dtype]), run / "model")
         checkpoint.copy_companions(folder, run / "model")
