@@ -12,6 +12,7 @@ Nothing here needs weights, data or the hub.
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ from settings import (
     AUTO,
     DTYPES,
     GLUE,
+    NARROW,
     PRESETS,
     Parser,
     Preset,
@@ -292,6 +294,42 @@ def factor_sums(shapes: Shapes, *_: Any) -> dict[str, float]:
             "a decomposition": 4 * most}
 
 
+SVD_COST = 80  # of torch's SVD of W (m, n) on a CPU, in products of m n min(m, n) multiplications
+
+
+def plain_products(s: Settings, config: Config) -> float:
+    """Floating-point operations of farss.measure on all blocks, in the time of products: passes,
+    Σ_h and Σ_δ, λ, γ and I, and the SVDs."""
+    tokens, shapes = calibration_tokens(s), block_shapes(s, config)
+    whole = sum(p.numel() for n, p in empty(config).named_parameters() if place(n) != n)
+    passes = 3 * tokens * whole  # two forward, one backward
+    sums = tokens * sum(m * m + n * n for m, n in shapes.values())
+    along = sum(2 * min(m, n) * (m * m + n * n) for m, n in shapes.values())
+    decompositions = SVD_COST * sum(m * n * min(m, n) for m, n in shapes.values())
+    return 2 * (passes + config.num_hidden_layers * (sums + along + decompositions))
+
+
+def products_a_second(size: int = 1024) -> float:
+    """Floating-point operations of an fp32 product on this CPU in a second, by trying one."""
+    x = torch.ones(size, size)
+    seconds = []
+    for _ in range(4):  # the first brings the library in
+        began = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def plain_note(s: Settings, config: Config) -> str:
+    """How long the plain start of a wide model takes, if examples have --max-length tokens."""
+    work = plain_products(s, config)
+    known = f"{work / 1e15:,.1f} PFLOP in products, SVDs counted as such"
+    if str(s.device) != "cpu":
+        return f"{known}; how long that is on a GPU was not measured"
+    rate = products_a_second()
+    return f"{known}: about {work / rate / 60:,.0f} minutes at this CPU's {rate / 1e9:,.0f} GFLOP/s"
+
+
 def covariance_bytes(shapes: Shapes) -> int:
     """Of one block's layers, in fp32; those that read the same share one."""
     inputs = {READS.get(leaf_name(name), name): n for name, (_, n) in shapes.items()}
@@ -447,7 +485,7 @@ def end_of(s: Settings, block: int) -> str:
     return "lowest" if s.budget.lowest(f"layers.{block}.") else "highest"
 
 
-def show(s: Settings, plan: Plan, known: str) -> None:
+def show(s: Settings, config: Config, plan: Plan, known: str) -> None:
     """--dry-run: all that can be known without weights; `known`: the model's name in PRESETS."""
     print(f"plan: {s.model}, {s.task}, {s.method}")
     print(f"model         {plan.blocks} blocks, {million(plan.parameters)} parameters, {s.dtype}")
@@ -467,6 +505,8 @@ def show(s: Settings, plan: Plan, known: str) -> None:
         print(f"dropout       {warning}")
     if form := form_note(s, plan):
         print(f"start         by {form}")
+    if s.form == "plain" and s.how.needs == "fisher" and config.hidden_size >= NARROW:
+        print(f"              {plain_note(s, config)}")
     if s.how.trains == "adapters":
         print(f"scaling       alpha / R = {s.alpha:g} / {s.rank} = {s.scaling:g}\n")
         print("\n".join(rank_table(plan.groups)))

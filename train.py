@@ -708,7 +708,7 @@ def new_run(args: argparse.Namespace, begun: list[Path]) -> Asked | None:
     planned = plan.make(s, config, args.memory and args.memory * 1e9, len(rows), fast_form(s))
     print("\n".join(origins(s, config, given(args), args.from_run)))
     if args.dry_run:
-        plan.show(s, planned, known_as(s.model, config))
+        plan.show(s, config, planned, known_as(s.model, config))
         return None
     if warning := plan.dropout_note(s):
         print(f"dropout {warning}")

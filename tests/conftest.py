@@ -13,6 +13,27 @@ import checkpoint as C
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where test_cuda.py runs, all of it (default: cuda; where "
+                     "there is none, its cases marked `rehearsed` on the CPU)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "rehearsed: a case of test_cuda.py that also runs on a CPU")
+
+
+@pytest.fixture
+def device(request):
+    """The device that a case of test_cuda.py compares with the CPU."""
+    if given := request.config.getoption("--device"):
+        return given
+    if torch.cuda.is_available():
+        return "cuda"
+    if request.node.get_closest_marker("rehearsed"):
+        return "cpu"
+    pytest.skip("no CUDA device; --device cpu has the CPU take its place")
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, tmp_path_factory):
     """(our model, transformers' model of the same weights), written by us and read by it."""

@@ -1,5 +1,6 @@
 """plan.py: the numbers of a run before it starts, and how they are shown."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from tiny import PeakBytes, tiny_batch, tiny_llama, write_checkpoint, write_data
 
 import checkpoint as C
 import data
+import farss
 import fast
 import model as M
 import plan as P
@@ -209,6 +211,41 @@ def test_the_peak_of_the_sweep_is_predicted_within_a_tenth(monkeypatch, dtype, s
         fast.measure(model, train.calibration_batches(s, examples), s.layers(model), s.budget)
     parts = P.initialisation_memory(s, config, 0, fast)
     assert sum(parts.values()) == pytest.approx(watch.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peak_of_the_plain_start_is_predicted_within_a_fifth(dtype):
+    torch.manual_seed(0)
+    config = M.Config(512, 256, 688, 3, 4, 2, 64)
+    model = M.CausalLM(config).to(S.DTYPES[dtype])
+    s = S.Settings(model="x", dtype=dtype, rank=4, alpha=4.0, shallow=1, r_avg=2.0, r_max=3,
+                   calibration_examples=16, max_length=128, device="cpu")
+    examples = [data.Example(torch.randint(3, 512, (128,)).tolist(), 64) for _ in range(16)]
+    with PeakBytes(model) as watch:
+        farss.measure(model, train.calibration_batches(s, examples), s.layers(model), s.budget)
+    parts = P.initialisation_memory(s, config, 0)
+    assert sum(parts.values()) == pytest.approx(watch.peak, rel=0.2)
+
+
+def test_minutes_of_the_plain_start_are_said_of_wide_models(capsys, monkeypatch):
+    """By a count that a small model's shapes give by hand, and what the CPU does in a second."""
+    assert P.products_a_second(256) > 1e8
+    monkeypatch.setattr(P, "products_a_second", lambda: 1e12)
+    argv = ["--model", "llama2-7b", "--device", "cpu"]
+    assert "PFLOP" not in shown(capsys, *argv)
+    found = shown(capsys, *argv, "--plain")
+    peta, minutes = (float(x.replace(",", "")) for x in re.search(
+        r"([\d.,]+) PFLOP.* about ([\d,]+) minutes at this CPU's 1,000 GFLOP/s", found).groups())
+    assert minutes == pytest.approx(peta * 1e3 / 60, rel=0.05)
+    s = S.Settings(model="x", method="farss", calibration_examples=2, max_length=5)
+    config = M.Config(100, 8, 16, 3, 2, 2, 4)
+    shapes = {"q": (8, 8), "k": (8, 8), "v": (8, 8), "o": (8, 8), "gate": (16, 8), "up": (16, 8),
+              "down": (8, 16)}
+    weights = 3 * (sum(m * n for m, n in shapes.values()) + 2 * 8)  # norms are counted, too
+    by_hand = 3 * 10 * weights + 3 * sum(
+        10 * (m * m + n * n) + 2 * 8 * (m * m + n * n) + P.SVD_COST * m * n * 8
+        for m, n in shapes.values())
+    assert P.plain_products(s, config) == 2 * by_hand
 
 
 def test_covariances_of_a_block_are_counted_once_where_they_are_shared():

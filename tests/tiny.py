@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -63,6 +64,27 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings) ->
             else:
                 parameter.normal_(0, 0.5 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5)
     return model.to(dtype).eval()
+
+
+# Wide enough for what narrow models never reach: adapted layers as one function, batches without
+# padding, decompositions by way of the smaller side; and heads of no power of 2.
+WIDE = dict(hidden_size=1088, intermediate_size=1152, num_hidden_layers=2, num_attention_heads=8,
+            num_key_value_heads=8, head_dim=136)
+
+
+def wide_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> M.CausalLM:
+    """A random Llama 1088 wide, every weight a bf16 number. Singular values fall as 1, 1/2, 1/3,
+    ..., so that most are small: those of Gaussian weights are too alike for a second
+    decomposition to have much to do."""
+    model = tiny_llama(seed, **(WIDE | settings))
+    orthogonal = cache(lambda n: torch.linalg.qr(torch.randn(n, n))[0])
+    with torch.no_grad():
+        for name, W in model.named_parameters():
+            if "proj" in name:
+                fall = 1 / torch.arange(1, min(W.shape) + 1)
+                U, V = (orthogonal(n)[torch.randperm(n), : len(fall)] for n in W.shape)
+                W.copy_((U * fall) @ V.T * (len(W) ** 0.5 / fall.norm()))
+    return model.to(torch.bfloat16).to(dtype)
 
 
 def tiny_batch(rows: list[tuple[int, int]], seed: int = 0, vocab: int = 256,
@@ -128,10 +150,12 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_checkpoint(folder: str | Path, seed: int = 0, **settings) -> Path:
-    """A folder that load() and transformers both read: config, weights, tokenizer."""
+def write_checkpoint(folder: str | Path, seed: int = 0, model: M.CausalLM | None = None,
+                     **settings) -> Path:
+    """A folder that load() and transformers both read: config, weights, tokenizer. Of the given
+    model, or a tiny_llama."""
     folder = Path(folder)
-    C.save(tiny_llama(seed, **settings), folder)
+    C.save(model or tiny_llama(seed, **settings), folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}))
