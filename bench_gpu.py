@@ -52,16 +52,18 @@ PARTS = [
     Part("real model", "bench_real.real_model", 160),
 ]
 START, WHOLE, REAL = 3, 6, 7
+TIMES = 4  # as many blocks has the whole model as the part START measures
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BESIDE = ("transformers", "peft", "liger-kernel", "triton", "cupy-cuda12x", "cupy-cuda13x",
           "pytest", "pytest-xdist")  # whose versions are told
 FEWEST = 5  # seconds below which no part begins
 
 # What a first run is held against (docs/one-gpu.md), by part and the name of the measurement.
 PREDICTED = {
-    (4, "here, 16 at a time, padded"): "8,500 to 12,000 tokens/s, 32 GB",
+    (4, "here, 8 at a time, even"): "8,500 to 12,000 tokens/s, 32 GB",
     (5, "here, not merged, 64 prompts"): "4,000 to 6,000 tokens/s",
     (5, "here, not merged, 1 prompt"): "110 tokens/s",
-    (6, "FARSS, 32 blocks"): "2 to 4.7 minutes, 33 GB",
+    (6, "FARSS, all 32 blocks"): "2 to 4.7 minutes, 33 GB",
 }
 
 
@@ -178,8 +180,7 @@ def run_part(number: int, seconds: float, args: argparse.Namespace, environment:
     rows.unlink(missing_ok=True)
     with open(args.out / "log.txt", "a") as log:
         print(f"\n==== part {number}: {PARTS[number].name}", file=log, flush=True)
-        process = subprocess.Popen([sys.executable, __file__, *arguments(args), "--inside",
-                                    str(number)], cwd=REPO, env=environment, stdout=log,
+        process = subprocess.Popen(command(number, args), cwd=REPO, env=environment, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         status = "stopped"
         try:
@@ -196,25 +197,34 @@ def run_part(number: int, seconds: float, args: argparse.Namespace, environment:
     return found
 
 
-def arguments(args: argparse.Namespace) -> list[str]:
-    """What the process of a part is told."""
-    given = ["--out", str(args.out), "--device", args.device]
-    given += ["--tiny"] if args.tiny else []
+def command(number: int, args: argparse.Namespace) -> list[str]:
+    """What runs a part."""
+    given = [sys.executable, __file__, "--inside", str(number), "--out", str(args.out), "--device",
+             args.device, *(["--tiny"] if args.tiny else [])]
     for flag in ("model", "data"):
         if path := getattr(args, flag):
             given += [f"--{flag}", str(path)]
     return given
 
 
-def needed(number: int, results: list[dict[str, Any]], args: argparse.Namespace) -> float:
-    """Seconds that must be left for a part to begin. The whole start takes as much longer than that
-    of some blocks as it has more, and leaves a real model its time."""
-    if number != WHOLE:
-        return FEWEST
-    some = [row["took"] for found in results if found["part"] == START
-            for row in found["rows"][:1] if "seconds" in row]
-    real = PARTS[REAL].seconds if args.model and REAL in args.parts else 0
-    return real + (4 * some[0] if some else FEWEST)
+def excuse(number: int, left: float, results: list[dict[str, Any]], args: argparse.Namespace
+           ) -> str | None:
+    """Why a part does not begin with so many seconds left; None: it does.
+
+    The whole start takes as much longer than that of some blocks as it has more, and leaves a real
+    model its time.
+    """
+    if number == REAL and not args.model:
+        return "left out: needs --model FOLDER"
+    need = float(FEWEST)
+    if number == WHOLE:
+        some = [row["took"] for found in results if found["part"] == START
+                for row in found["rows"][:1] if "seconds" in row]
+        need = max([FEWEST, *(TIMES * seconds for seconds in some)])
+        need += PARTS[REAL].seconds if args.model and REAL in args.parts else 0
+    if args.stopped:
+        return "not begun: stopped"
+    return f"not begun: {left:.0f} s left, {need:.0f} s needed" if left < need else None
 
 
 def run_all(args: argparse.Namespace, environment: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -223,13 +233,8 @@ def run_all(args: argparse.Namespace, environment: dict[str, str]) -> Iterator[d
     results: list[dict[str, Any]] = []
     for number in args.parts:
         left = end - time.perf_counter()
-        need = needed(number, results, args)
-        if number == REAL and not args.model:
-            found = result(number, [], "left out: needs --model FOLDER", 0, args)
-        elif args.stopped:
-            found = result(number, [], "not begun: stopped", 0, args)
-        elif left < need:
-            found = result(number, [], f"not begun: {left:.0f} s left, {need:.0f} s needed", 0, args)
+        if why := excuse(number, left, results, args):
+            found = result(number, [], why, 0, args)
         else:
             found = run_part(number, min(left, PARTS[number].seconds), args, environment)
         results.append(found)
@@ -270,7 +275,16 @@ def unpacked(folder: Path | None, into: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1"}
 
 
+def went_wrong(found: dict[str, Any]) -> bool:
+    """Whether a part did not come to its end, or something in it failed."""
+    return found["status"].startswith(("failed", "out of time")) or any(
+        "error" in row or row.get("failed") for row in found["rows"])
+
+
 def stop(*_: Any) -> NoReturn:
+    """End the part that runs, once."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     raise Stopped
 
 
@@ -311,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         run_inside(args.inside, args.out / "running.jsonl", args)
         return 0
     results: list[dict[str, Any]] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, stop)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -326,9 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = "\n".join(table(results))
     (args.out / "table.txt").write_text(lines + "\n")
     print(lines, flush=True)
-    failed = any("failed" in found["status"] or "out of time" in found["status"]
-                 or any("error" in row for row in found["rows"]) for found in results)
-    return 130 if args.stopped else int(failed)
+    return 130 if args.stopped else int(any(map(went_wrong, results)))
 
 
 if __name__ == "__main__":

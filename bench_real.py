@@ -65,8 +65,10 @@ def run_tests(job: Job) -> dict[str, Any]:
 def counted(said: str) -> dict[str, Any]:
     """What pytest's summary says."""
     last = said.strip().splitlines()[-1]
-    found: dict[str, Any] = {word: int((re.search(rf"(\d+) {word}", last) or [0, 0])[1])
-                             for word in ("passed", "failed", "skipped", "error")}
+    found: dict[str, Any] = {
+        name: int((re.search(rf"(\d+) {word}", last) or [0, 0])[1])
+        for name, word in (("passed", "passed"), ("failed", "(?:failed|error)"),
+                           ("skipped", "skipped"))}
     failures = re.findall(r"^(?:FAILED|ERROR) (.*)", said, re.MULTILINE)
     return found | ({"failure": failures} if failures else {})
 
@@ -141,8 +143,9 @@ def both_models(job: Job, dtype: torch.dtype) -> tuple[Any, Any]:
     """The folder's model here and in transformers."""
     import transformers
 
-    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
-    return checkpoint.load(str(job.model), dtype, job.device), theirs.to(job.device).eval()
+    folder = str(job.model)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return checkpoint.load(folder, dtype, job.device), theirs.to(job.device).eval()
 
 
 def encoded(job: Job, config: M.Config) -> list[list[int]]:

@@ -97,19 +97,20 @@ def start_in_peft(method: str, size: Size) -> dict[str, float]:
 
 
 def shown(start: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+    """A start's seconds and memory, as a table shows them."""
     return in_gb(start(*args))
 
 
 def sized(job: Job, blocks: int) -> tuple[Size, int]:
     """So many blocks, and how many of them are shallow: the paper's 7 of 32."""
-    return (job.scale.size._replace(blocks=blocks, device=job.device),
-            round(7 / 32 * blocks))
+    return job.scale.size._replace(blocks=blocks, device=job.device), round(7 / 32 * blocks)
 
 
 def some_blocks(job: Job) -> Iterator[Measurement]:
     """Part 3: FARSS's start by part, and one block beside peft's PiSSA and CorDA."""
     size, shallow = sized(job, job.scale.some_blocks)
-    yield f"FARSS, {size.blocks} blocks", partial(start_by_part, size, shallow)
+    name = f"FARSS, {size.blocks} of {job.scale.blocks} blocks"
+    yield name, partial(start_by_part, size, shallow)
     one, _ = sized(job, 1)
     yield "FARSS, one deep block", partial(shown, start_here, "farss", one)
     yield "peft: PiSSA, one block", partial(shown, start_in_peft, "pissa", one)
@@ -119,4 +120,4 @@ def some_blocks(job: Job) -> Iterator[Measurement]:
 def all_blocks(job: Job) -> Iterator[Measurement]:
     """Part 6: the start of the whole model."""
     size, shallow = sized(job, job.scale.blocks)
-    yield f"FARSS, {size.blocks} blocks", partial(shown, start_here, "farss", size, shallow)
+    yield f"FARSS, all {size.blocks} blocks", partial(shown, start_here, "farss", size, shallow)

@@ -178,6 +178,8 @@ class Stopwatch:
         return event
 
     def timed(self, label: str, function: Callable) -> Callable:
+        """The function, whose seconds count for the label."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             began = self.mark()
             try:

@@ -29,6 +29,12 @@ ALLOWED = {
     "figures": {"checkpoint", "data", "farss", "settings"},
     "results": {"baselines", "benchmarks", "checkpoint", "data", "figures", "settings"},  # no model
     "export": {"checkpoint", "data", "model", "results", "settings"},
+    "measuring": {"checkpoint", "data", "model", "plan"},
+    "bench_machine": {"farss", "measuring"},
+    "bench_start": {"farss", "measuring", "model", "settings", "train"},
+    "bench_run": {"data", "measuring", "model", "settings", "train"},
+    "bench_real": {"benchmarks", "checkpoint", "data", "measuring", "model"},
+    "bench_gpu": {"checkpoint", "measuring", "settings"},  # inside a part's process alone
 }
 
 
@@ -58,8 +64,9 @@ def test_torch_distributed_is_only_in_parallel():
     assert [f.name for f in FILES if "torch.distributed" in f.read_text()] == ["parallel.py"]
 
 
-def test_only_demo_and_sweep_stand_above_train():
-    assert {f.stem for f in FILES if "train" in imported(f)} == {"bench", "sweep"}
+def test_only_demo_sweep_and_measurements_stand_above_train():
+    assert {f.stem for f in FILES if "train" in imported(f)} == {
+        "bench", "bench_run", "bench_start", "sweep"}
     assert not any((REPO / "tests" / f"{name}.py").exists() and name in imported(file)
                    for file in FILES for name in ("tiny", "conftest", "real_model"))
 
