@@ -6,9 +6,9 @@
     falling          a random matrix whose singular values fall by a power law
     random_model     a random model, made on its device in its dtype, of such matrices
 
-Weights drawn independently have singular values that are nearly all alike. Those of trained models
-fall, so that farss.smaller_side decomposes a second time: with plain random weights a start would
-look faster than it is.
+Of weights drawn independently most singular values lie within a small factor of the largest. Those
+of trained models fall, and farss.smaller_side decomposes most directions twice: with plain random
+weights a start would look faster than it is.
 """
 
 import time
@@ -28,7 +28,7 @@ import model as M
 import plan
 
 LINEARS = M.DECODER_TARGETS["seven"]
-POWER = 0.5  # σ_i ∝ i^-POWER: at 4096 directions the last is σ_1 / 64
+POWER = 0.5  # σ_i ∝ i^-POWER: of 4096 the last is σ_1 / 64. SmolLM2-135M's layers: 0.17 to 1.16
 STD = 0.02  # root mean square of a weight, as Llama's configuration has it
 
 
@@ -102,7 +102,7 @@ FULL = Scale()
 TINY = Scale(product=128, copied=2**20, lengths=3, shapes=((96, 96), (160, 96)),
              size=Size(64, 96, 1, 4, 4, dtype="bfloat16", length=12, vocab=128), blocks=2,
              some_blocks=1, batch=4, micro_batches=(2, 4), steps=1, prompts=4, new=3, longest=8,
-             tests="test_greedy_tokens", run_steps=8, answers=3, answer=4, questions=4)
+             tests="test_moments", run_steps=8, answers=3, answer=4, questions=4)
 
 
 class Job(NamedTuple):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,10 @@ import bench_gpu as G
 import bench_machine
 import bench_real
 import bench_run
+import plan
 from checkpoint import UserError
 from measuring import FULL, TINY, Job, falling
+from settings import settle, training_arguments
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -307,3 +310,39 @@ def test_questions_are_looked_for_and_said_to_be_missing(tmp_path):
 def test_an_answer_ends_before_eos():
     assert bench_real.until([5, 6, 2, 7], {2}) == [5, 6]
     assert bench_real.until([5, 6], {2}) == [5, 6]
+
+
+# -------------------------------------------------------------------------------- docs/one-gpu.md
+
+PAGE = (REPO / "docs" / "one-gpu.md").read_text()
+
+
+def test_the_page_has_every_part_and_its_limit():
+    for i, part in enumerate(G.PARTS):
+        assert re.search(rf"^\| {i} {part.name} \|.*\| {part.seconds} \|$", PAGE, re.MULTILINE), i
+
+
+def test_the_page_has_every_prediction():
+    for said in G.PREDICTED.values():
+        assert said in PAGE
+
+
+def test_the_page_says_what_the_plan_says_of_each_card():
+    """Every cell of the table, computed anew."""
+    cells = {}
+    for model in re.findall(r"^\| ([\w.-]+), training", PAGE, re.MULTILINE):
+        task = "code" if model == "gemma2-9b" else "math"
+        for gb in (24, 48, 80):
+            s, config = settle(training_arguments("", ["--model", model, "--task", task,
+                                                       "--dry-run"]))
+            made = plan.make(s, config, gb * 1e9)
+            start = sum(made.initialisation.values()) / 1e9
+            cells.setdefault(f"{model}, training", []).append(
+                f"{sum(made.training.values()) / 1e9:.1f} GB, mb {made.micro_batch}"
+                + ", ckpt" * made.checkpointing if made.fits else "does not fit")
+            cells.setdefault(f"{model}, start", []).append(
+                f"{start:.1f} GB" + (f", {made.kept_apart / 1e9:.1f} apart"
+                                     if made.kept_apart else "") if start <= gb else "does not fit")
+    assert len(cells) == 10
+    for name, row in cells.items():
+        assert f"| {name} | {' | '.join(row)} |" in PAGE
