@@ -12,7 +12,7 @@ adapters in fp32; transformers' under autocast, as its Trainer has it.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -189,15 +189,14 @@ def training(job: Job) -> Iterator[Measurement]:
         yield f"here, {way}", partial(train_here, job, model, way)
     yield f"here, one step, {chosen[0]}", partial(slowest, job, model, chosen[0])
     del model
-    peers: list[Any] = []  # the model, once it is there
+    peer = cache(partial(adapted_peer, job))  # made when it is first asked for, if it can be
 
     def there(way: Way) -> dict[str, float]:
-        peers.extend([] if peers else [adapted_peer(job)])
-        return train_there(job, peers[0], way)
+        return train_there(job, peer(), way)
 
     for way in chosen:
         yield f"transformers + peft, {way}", partial(there, way)
-    peers.clear()
+    peer.cache_clear()
     yield f"the same with liger, {chosen[0]}", partial(with_liger, job, chosen[0])
 
 
@@ -277,5 +276,6 @@ def generation(job: Job) -> Iterator[Measurement]:
     yield from of("here, merged", generator_here(model))
     del model
     size = job.scale.size._replace(blocks=job.scale.blocks)
-    peer = random_peer(size.config(), job.device, DTYPES[size.dtype])
-    yield from of("transformers, merged", generator_there(peer))
+    peer = cache(lambda: generator_there(random_peer(size.config(), job.device,
+                                                     DTYPES[size.dtype])))
+    yield from of("transformers, merged", lambda work, new: peer()(work, new))

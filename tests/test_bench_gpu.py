@@ -275,6 +275,20 @@ def test_both_sides_train_on_the_same_loss_of_the_same_tokens(monkeypatch):
     assert {len(e.ids) for batch in bench_run.batches(job, False) for e in batch} == {12}
 
 
+@pytest.mark.parametrize("function", ["bench_run.training", "bench_run.generation",
+                                      "bench_start.some_blocks"])
+@pytest.mark.parametrize("absent", ["peft", "transformers"])
+def test_what_compares_with_a_missing_package_says_so(monkeypatch, function, absent):
+    """And all else is measured."""
+    monkeypatch.setitem(sys.modules, absent, None)
+    rows = [row for row in G.measure(function, Job(TINY, "cpu")) if "what" in row]
+    assert not [row for row in rows if "error" in row]
+    for row in rows:
+        beside = {"peft": ("peft", "liger"), "transformers": ("peft", "liger", "transformers")}
+        expected = any(name in row["what"] for name in beside[absent])
+        assert (row.get("missing") in ("peft", "transformers", "liger_kernel")) == expected, row
+
+
 @pytest.mark.parametrize("said, found", [
     ("E\nERROR tests/x.py\n2 errors in 0.6s",
      dict(passed=0, failed=2, skipped=0, failure=["tests/x.py"])),
