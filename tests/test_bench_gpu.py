@@ -102,10 +102,13 @@ GOOD = "row({'about': {}}); row({'begun': 'a'}); row({'what': 'a', 'seconds': 1.
 SAYS = {
     "good": GOOD,
     "fails": GOOD + "; row({'begun': 'b'}); sys.exit('no memory')",
-    "is late": GOOD + "; row({'begun': 'b'}); time.sleep(1000)",
+    "is late": "import subprocess; p = subprocess.Popen(['sleep', '1000']); row({'about': {}}); "
+               "row({'begun': 'a'}); row({'what': 'a', 'pid': p.pid, 'took': 1.0}); "
+               "row({'begun': 'b'}); time.sleep(1000)",
     "is cut": GOOD + "; file.write('{\"wha'); file.flush(); os.kill(os.getpid(), 9)",
     "stops": GOOD + "; os.kill(os.getppid(), signal.SIGTERM); time.sleep(1000)",
     "errs": "row({'begun': 'a'}); row({'what': 'a', 'error': 'no memory', 'took': 1.0})",
+    "tests fail": "row({'begun': 'a'}); row({'what': 'a', 'failed': 2, 'took': 1.0})",
     "is left out": "row({'left out': 'no rows'})",
 }
 
@@ -131,11 +134,18 @@ def scripted(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+def is_running(pid):
+    """Not ended, nor a zombie that nobody asked after."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 @pytest.mark.parametrize("name, code, status, unfinished", [
     ("fails", 1, "failed: exit 1, see log.txt", ["b"]),
     ("is late", 1, "out of time after 5 s", ["b"]),
     ("is cut", 1, "failed: exit -9, see log.txt", []),
     ("errs", 1, "done", []),
+    ("tests fail", 1, "done", []),
     ("is left out", 0, "left out: no rows", []),
 ])
 def test_what_goes_wrong_costs_itself_alone(scripted, capsys, name, code, status, unfinished):
@@ -145,6 +155,8 @@ def test_what_goes_wrong_costs_itself_alone(scripted, capsys, name, code, status
     assert [x["status"] for x in found] == ["done", status, "done"]
     assert found[1]["unfinished"] == unfinished
     assert [len(x["rows"]) for x in found] == [1, int(name != "is left out"), 1]
+    for row in found[1]["rows"]:
+        assert not is_running(row.get("pid"))  # what a part started ends with it
     assert f"1  {name}: {status}" in capsys.readouterr().out
 
 
@@ -261,8 +273,8 @@ def test_launches_are_those_of_a_token(monkeypatch):
     assert found == {"operators": 10, "launches": 32, "synchronisations": 1, "copies": 3}
 
 
-def test_both_sides_train_on_the_same_loss_of_the_same_tokens(monkeypatch):
-    """Of a whole batch, whatever its micro-batches."""
+def test_a_steps_loss_is_that_of_the_whole_batch():
+    """Whatever its micro-batches; and batches are padded or even, as they are called."""
     job, losses = Job(TINY, "cpu"), {}
     for micro in TINY.micro_batches:
         way = bench_run.Way(micro, True)
