@@ -12,6 +12,8 @@ Every measurement is a process of its own, the two sides taking turns, so that t
 when the machine's speed drifts and peak memory is each side's own. Reported: the median over
 the rounds, and the median of the ratios round by round. CPU seconds are those of all threads: with
 OMP_NUM_THREADS=1 they hardly depend on what else the machine does. Needs requirements-dev.txt.
+All run on --device, a GPU waited for where a clock is read, in --dtype: bf16 beside peft under
+autocast. One GPU as a whole is measured by bench_gpu.sh (docs/one-gpu.md).
 
     training        beside transformers + peft: LoRA r = 32 on all seven linears, dropout 0.05,
                     AdamW, batch 8 of 128 to 256 tokens, loss on the last half of each: real
@@ -27,12 +29,12 @@ OMP_NUM_THREADS=1 they hardly depend on what else the machine does. Needs requir
                     second of --questions, a file in NQ-Open's format, at most 64 new tokens each
     starts          seconds and memory added until the adapters are attached, on one random block
                     of Llama-2-7B's shapes (--like for another model's, --width and --mlp for
-                    smaller ones), R = 128, 16 sequences of 256 tokens (--sequences), fp32
-                    (--dtype); the block is a deep one, "/ shallow" the other kind; peft's, where
-                    it has the method, a sequence at a time
+                    smaller ones), its singular values falling, R = 128, 16 sequences of 256 tokens
+                    (--sequences); the block is a deep one, "/ shallow" the other kind; peft's,
+                    where it has the method, a sequence at a time
     growth          the same of FARSS on small random models, and the exponent p of what fits best,
                     seconds = c x^p and GB = c x^p
-    decompositions  seconds of torch's SVD, of farss.svd and of the fp64 eigendecomposition of the
+    decompositions  seconds of torch's SVD, of fast.svd and of the fp64 eigendecomposition of the
                     smaller Gram matrix, one random W of either shape, in fp32
     initialisation  beside FARSS on factors of the whole model at once (kfac_factors), which need
                     the memory of all blocks: 16 sequences of 128 to 256 tokens, R = 32
@@ -63,14 +65,25 @@ import checkpoint
 import data
 import eval as evaluation
 import farss
+import fast
 import figures
 import model as M
-import plan
 import train
+from bench_start import peft_start, start_here, start_in_peft
+from fast.decompositions import smaller_side
+from measuring import (
+    LINEARS,
+    POWER,
+    Size,
+    falling,
+    is_cuda,
+    measured,
+    padded_left,
+    seconds_of,
+)
 from methods import METHODS
 from settings import DTYPES, Settings, provenance
 
-LINEARS = M.DECODER_TARGETS["seven"]
 BUDGET = farss.Budget(shallow=7, R=32, r_avg=12, r_min=1, r_max=16)
 
 
@@ -82,20 +95,35 @@ class Work(NamedTuple):
     new: int = 128  # tokens at most
     blocks: int = 16  # of the model that is loaded
     questions: int = 128
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 QUICK, EVEN = Work(1, 16, 32, 2, 16), (192, 192)
+BF16 = "bfloat16"
 Timed = Callable[[], float]  # what is measured; returns how much it did, in the row's unit
 
 
-def batches(vocab: int, count: int, lengths: tuple[int, int] = (128, 256)
+def ours(folder: str, w: Work) -> Any:
+    return checkpoint.load(folder, DTYPES[w.dtype], w.device)
+
+
+def theirs(folder: str, w: Work) -> Any:
+    """transformers' model of the folder."""
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[w.dtype])
+    return model.to(w.device).eval()
+
+
+def batches(vocab: int, count: int, lengths: tuple[int, int] = (128, 256), device: str = "cpu"
             ) -> list[dict[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(0)
 
     def batch():
         sizes = torch.randint(lengths[0], lengths[1] + 1, (8,), generator=draw).tolist()
         return data.collate([data.Example(torch.randint(3, vocab, (n,), generator=draw).tolist(),
-                                          n // 2) for n in sizes])
+                                          n // 2) for n in sizes], device)
 
     return [batch() for _ in range(count)]
 
@@ -112,7 +140,8 @@ def training(model: Any, loss: Callable[[dict], torch.Tensor], work: list[dict],
     """Steps on `loss(batch)`, the mean over the labelled tokens; in real tokens."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0,
+                                  fused=trained[0].is_cuda or None)
 
     def step(batch):
         with products(model):
@@ -131,25 +160,27 @@ def training(model: Any, loss: Callable[[dict], torch.Tensor], work: list[dict],
 
 
 def train_here(folder: str, w: Work, lengths: tuple[int, int] = (128, 256)) -> Timed:
-    model = checkpoint.load(folder, torch.float32, "cpu")
+    model = ours(folder, w)
     train.initialise(model, Settings(model=folder, method="lora", rank=32, alpha=32.0), [])
 
     def loss(batch):
         total, n = model.loss(**batch)
         return total / n
 
-    return training(model, loss, batches(model.config.vocab_size, 1 + w.steps, lengths), M.products)
+    return training(model, loss, batches(model.config.vocab_size, 1 + w.steps, lengths, w.device),
+                    M.products)
 
 
 def train_peft(folder: str, w: Work, lengths: tuple[int, int] = (128, 256)) -> Timed:
     import peft
-    import transformers
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = theirs(folder, w)
     model = peft.get_peft_model(base, peft.LoraConfig(
         r=32, lora_alpha=32, lora_dropout=0.05, target_modules=list(LINEARS)))
     return training(model, lambda batch: model(**batch).loss,
-                    batches(base.config.vocab_size, 1 + w.steps, lengths))
+                    batches(base.config.vocab_size, 1 + w.steps, lengths, w.device),
+                    lambda _: torch.autocast(torch.device(w.device).type, torch.bfloat16,
+                                             enabled=w.dtype == BF16))
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -164,29 +195,20 @@ def prompts(vocab: int, w: Work) -> tuple[list[list[int]], list[int]]:
 
 
 def generate_here(folder: str, w: Work) -> Timed:
-    model = checkpoint.load(folder, torch.float32, "cpu")
+    model = ours(folder, w)
     work, limits = prompts(model.config.vocab_size, w)
     M.generate(model, work[:2], 2)
     return lambda: sum(map(len, M.generate(model, work, limits, batch_size=w.prompts // 2)))
 
 
-def padded_left(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    longest = max(map(len, rows))
-    return {"input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row)
-                                            for row in rows])}
-
-
 def generate_transformers(folder: str, w: Work) -> Timed:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = theirs(folder, w)
     model.generation_config.eos_token_id = None  # what ends a sequence is its limit alone
     work, limits = prompts(model.config.vocab_size, w)
 
     def generate(chosen: list[int], most: int) -> None:
-        batch, ends = padded_left([work[i] for i in chosen]), torch.tensor([limits[i]
-                                                                            for i in chosen])
+        batch = padded_left([work[i] for i in chosen], w.device)
+        ends = torch.tensor([limits[i] for i in chosen], device=w.device)
         length = batch["input_ids"].shape[1]
         out = model.generate(
             **batch, max_new_tokens=most, do_sample=False, pad_token_id=0,
@@ -229,14 +251,11 @@ def millions(model: torch.nn.Module) -> float:
 
 
 def load_here(folder: str, w: Work) -> Timed:
-    return lambda: millions(checkpoint.load(folder, torch.float32, "cpu"))
+    return lambda: millions(ours(folder, w))
 
 
 def load_transformers(folder: str, w: Work) -> Timed:
-    import transformers
-
-    return lambda: millions(transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32))
+    return lambda: millions(theirs(folder, w))
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -250,7 +269,7 @@ def questions(w: Work) -> list[benchmarks.Question]:
 
 
 def evaluate_here(folder: str, w: Work) -> Timed:
-    model, asked = checkpoint.load(folder, torch.float32, "cpu"), questions(w)
+    model, asked = ours(folder, w), questions(w)
     tokenizer = checkpoint.Tokenizer(Path(folder), model.config)
     evaluator = evaluation.Evaluator(model, tokenizer, max_new_tokens=ANSWER)
     evaluator.ask(BENCHMARK, asked[:1])
@@ -260,7 +279,7 @@ def evaluate_here(folder: str, w: Work) -> Timed:
 def evaluate_transformers(folder: str, w: Work) -> Timed:
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = theirs(folder, w)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     asked, row = questions(w), benchmarks.BENCHMARKS[BENCHMARK]
 
@@ -268,7 +287,8 @@ def evaluate_transformers(folder: str, w: Work) -> Timed:
         texts = sorted(((q.prompt, q.gold) for q in some), key=lambda text: -len(text[0]))
         for i in range(0, len(texts), 16):
             part = texts[i : i + 16]
-            batch = padded_left([tokenizer(t, add_special_tokens=False).input_ids for t, _ in part])
+            batch = padded_left([tokenizer(t, add_special_tokens=False).input_ids
+                                 for t, _ in part], w.device)
             out = model.generate(**batch, max_new_tokens=ANSWER, do_sample=False, pad_token_id=0,
                                  stop_strings=list(row.stops), tokenizer=tokenizer)
             said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :])
@@ -284,12 +304,12 @@ def evaluate_transformers(folder: str, w: Work) -> Timed:
 
 
 def initialise_by_sweep(folder: str, w: Work) -> Timed:
-    model = checkpoint.load(folder, torch.float32, "cpu")
-    work = batches(model.config.vocab_size, 2)
+    model = ours(folder, w)
+    work = batches(model.config.vocab_size, 2, device=w.device)
 
     def start():
-        measured = farss.measure(model, work, M.linear_names(model, LINEARS), BUDGET)
-        farss.build_adapters(measured, BUDGET)
+        found = fast.measure(model, work, M.linear_names(model, LINEARS), BUDGET)
+        farss.build_adapters(found, BUDGET)
         return tokens(work)
 
     return start
@@ -297,16 +317,17 @@ def initialise_by_sweep(folder: str, w: Work) -> Timed:
 
 def initialise_whole(folder: str, w: Work) -> Timed:
     """The same adapters from kfac_factors: one pass, the factors of all blocks at once."""
-    model = checkpoint.load(folder, torch.float32, "cpu")
-    work, names = batches(model.config.vocab_size, 2), M.linear_names(model, LINEARS)
+    model = ours(folder, w)
+    work = batches(model.config.vocab_size, 2, device=w.device)
+    names = M.linear_names(model, LINEARS)
 
     @torch.no_grad()
     def start():
         factors = farss.kfac_factors(model, work, names)
         weights = {n: model.get_parameter(f"{n}.weight") for n in names}
-        measured = {n: farss.measure_layer(n, W, *factors[n], BUDGET, 0.0)
-                    for n, W in weights.items()}
-        farss.build_adapters(measured, BUDGET)
+        found = {n: farss.measure_layer(n, W, *factors[n], BUDGET)
+                 for n, W in weights.items()}
+        farss.build_adapters(found, BUDGET)
         return tokens(work)
 
     return start
@@ -320,116 +341,24 @@ NARROW: dict[str, Any] = dict(
     num_key_value_heads=4, head_dim=16, max_position_embeddings=512)
 
 
-def grown(blocks: int, whole: bool) -> float:
-    """Bytes that the factors add to the process, on a random model of `blocks` narrow blocks.
+def grown(blocks: int, whole: bool, device: str) -> float:
+    """Bytes that the factors add, on a random model of `blocks` narrow blocks.
 
     Kept inputs and candidates, which must grow with the blocks, are a hundredth of the factors.
     """
-    model = M.CausalLM(M.Config(num_hidden_layers=blocks, **NARROW)).eval()
-    work, names = batches(64, 1), M.linear_names(model, LINEARS)
+    model = M.CausalLM(M.Config(num_hidden_layers=blocks, **NARROW)).eval().to(device)
+    work, names = batches(64, 1, device=device), M.linear_names(model, LINEARS)
     budget = farss.Budget(1, 2, 1, 1, 2)
-    farss.measure(model, work, names[-7:-6], budget)  # what torch itself takes at first use
-    before = plan.memory_used("cpu")
-    if whole:
-        farss.kfac_factors(model, work, names)
-        return plan.memory_used("cpu") - before
-    farss.measure(model, work, names, budget)
-    return plan.memory_used("cpu") - before
+    fast.measure(model, work, names[-7:-6], budget)  # what torch itself takes at first use
+    with measured(device) as took:
+        if whole:
+            farss.kfac_factors(model, work, names)
+        else:
+            fast.measure(model, work, names, budget)
+    return took["bytes"]
 
 
 # ----------------------------------------------------------------------- the start of every method
-
-LENGTH = 256
-
-
-class Size(NamedTuple):
-    """Of a random model, what it is calibrated on and R."""
-
-    width: int = 4096
-    mlp: int = 11008
-    blocks: int = 1
-    sequences: int = 16
-    rank: int = 128
-    like: str = "llama2-7b"  # of checkpoint.MODELS: whose heads, family and, by default, widths
-    dtype: str = "float32"  # of the weights
-
-    @classmethod
-    def of(cls, like: str, width: int | None, mlp: int | None, **others: Any) -> "Size":
-        config = checkpoint.MODELS[like][1]
-        return cls(width or config.hidden_size, mlp or config.intermediate_size, like=like,
-                   **others)
-
-    def config(self) -> M.Config:
-        whole = checkpoint.MODELS[self.like][1]
-        if (self.width, self.mlp) == (whole.hidden_size, whole.intermediate_size):
-            return replace(whole, vocab_size=512, num_hidden_layers=self.blocks)
-        heads = max(1, self.width // 128)
-        return M.Config(512, self.width, self.mlp, self.blocks, heads, heads, self.width // heads)
-
-    def examples(self) -> list[data.Example]:
-        draw = torch.Generator().manual_seed(0)
-        return [data.Example(torch.randint(3, 512, (LENGTH,), generator=draw).tolist(), LENGTH // 2)
-                for _ in range(self.sequences)]
-
-
-def random_blocks(size: Size) -> M.CausalLM:
-    """Made in their own dtype: the peak of a detour by fp32 would hide some of the start's."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(DTYPES[size.dtype])
-    try:
-        return M.CausalLM(size.config()).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def start_here(method: str, size: Size, shallow: bool = False) -> dict[str, float]:
-    """Seconds and bytes that a method's start takes."""
-    model = random_blocks(size)
-    s = Settings(model="random blocks", method=method, shallow=int(shallow), rank=size.rank,
-                 alpha=float(size.rank), device="cpu", dtype=size.dtype,
-                 calibration_examples=size.sequences)
-    before, began = plan.memory_used("cpu"), time.perf_counter()
-    train.initialise(model, s, size.examples())
-    return {"seconds": time.perf_counter() - began, "bytes": plan.memory_used("cpu") - before}
-
-
-def peft_start(method: str) -> dict[str, Any] | None:
-    """How peft is told of a method; None where it has it not."""
-    import peft
-    from peft.tuners.lora.config import CordaConfig
-
-    known: dict[str, dict[str, Any]] = {
-        "lora": {}, "pissa": {"init_lora_weights": "pissa"},
-        "kasa": {"kasa_config": peft.KasaConfig()}}
-    for name in ("kpm", "ipm"):
-        known[f"corda-{name}"] = {"init_lora_weights": "corda",
-                                  "corda_config": CordaConfig(corda_method=name)}
-    return known.get(method)
-
-
-def start_in_peft(method: str, size: Size) -> dict[str, float]:
-    import peft
-    import transformers
-    from peft.tuners.lora.corda import preprocess_corda
-
-    torch.manual_seed(0)
-    described = checkpoint.config_json(size.config())
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**described), dtype=DTYPES[size.dtype]).eval()
-    config = peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=list(LINEARS),
-                             **(peft_start(method) or {}))
-
-    @torch.no_grad()
-    def run_model():
-        for e in size.examples():
-            model(torch.tensor([e.ids]))
-
-    before, began = plan.memory_used("cpu"), time.perf_counter()
-    if config.corda_config is not None:
-        preprocess_corda(model, config, run_model=run_model)
-    peft.get_peft_model(model, config)
-    return {"seconds": time.perf_counter() - began, "bytes": plan.memory_used("cpu") - before}
-
 
 def start(method: str, side: str, size: Size, **environment: str) -> dict[str, float]:
     return fresh("--start", method, side, json.dumps(size._asdict()), **environment)
@@ -465,12 +394,13 @@ def exponent(x: list[float], y: list[float]) -> float:
     return statistics.linear_regression(list(map(math.log, x)), list(map(math.log, y))).slope
 
 
-def growth(axes: list[str]) -> dict[str, dict[str, list[float]]]:
+def growth(axes: list[str], device: str = "cpu") -> dict[str, dict[str, list[float]]]:
     """How FARSS's start, of deep blocks, grows: prints and returns {axis: {what: values}}."""
     found: dict[str, dict[str, list[float]]] = {}
     for axis in axes:
         along = [getattr(size, axis) for size in GROWTH[axis]]
-        took = [start("farss", "here", size, **EXACT) for size in GROWTH[axis]]
+        took = [start("farss", "here", size._replace(device=device), **EXACT)
+                for size in GROWTH[axis]]
         found[axis] = {axis: along, "seconds": [t["seconds"] for t in took],
                        "GB added": [t["bytes"] / 1e9 for t in took]}
         print(f"{axis:12}" + "".join(f"{value:>9}" for value in along) + f"{'exponent':>11}")
@@ -511,20 +441,17 @@ def gram_svd(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 WAYS: dict[str, Callable[[torch.Tensor], Any]] = {
     "torch.linalg.svd": lambda W: torch.linalg.svd(W, full_matrices=False),
-    "farss.svd": farss.svd, "smaller side": farss.smaller_side, "fp64 Gram": gram_svd}
+    "fast.svd": fast.svd, "smaller side": smaller_side, "fp64 Gram": gram_svd}
 
 
-def decompositions(width: int, mlp: int) -> dict[str, dict[str, float]]:
-    """Prints and returns {shape: {way: seconds}}, in fp32."""
+def decompositions(width: int, mlp: int, device: str = "cpu") -> dict[str, dict[str, float]]:
+    """Prints and returns {shape: {way: seconds}}, in fp32, of falling singular values."""
     found: dict[str, dict[str, float]] = {}
     print(f"{'shape':>14}" + "".join(f"{name:>18}" for name in WAYS))
     for m, n in ((width, width), (width, mlp)):
-        W = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
-        took = found[f"{m} x {n}"] = {}
-        for name, way in WAYS.items():
-            began = time.perf_counter()
-            way(W)
-            took[name] = time.perf_counter() - began
+        W = falling(m, n, POWER, device)
+        took = found[f"{m} x {n}"] = {name: seconds_of(partial(way, W), device)
+                                      for name, way in WAYS.items()}
         print(f"{f'{m} x {n}':>14}" + "".join(f"{t:>16.1f} s" for t in took.values()), flush=True)
     return found
 
@@ -553,11 +480,11 @@ ROWS = {
 def measure(row: Row, side: int, folder: str, w: Work) -> dict[str, float]:
     """One side of a row, in this process."""
     work = (row.there if side else row.here)(folder, w)
-    began, cpu = time.perf_counter(), time.process_time()
-    done = work()
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    return {f"{row.unit}/s": done / seconds, "CPU s": cpu,
-            "peak GB": plan.memory_used("cpu") / 1e9}
+    cpu = time.process_time()
+    with measured(w.device) as took:
+        done = work()
+    return {f"{row.unit}/s": done / took["seconds"], "CPU s": time.process_time() - cpu,
+            "peak GB": took["peak"] / 1e9}
 
 
 def fresh(*arguments: str, **environment: str) -> dict[str, float]:
@@ -570,12 +497,12 @@ def fresh(*arguments: str, **environment: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def beside_peers(folder: str, rows: list[str], rounds: int, quick: list[str]
+def beside_peers(folder: str, rows: list[str], rounds: int, more: list[str]
                  ) -> dict[str, dict[str, list[float]]]:
     """Prints and returns {row: {what: [here, peer, ratio]}}."""
     results: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        runs = [[fresh(folder, "--measure", row, str(side), *quick) for side in (0, 1)]
+        runs = [[fresh(folder, "--measure", row, str(side), *more) for side in (0, 1)]
                 for _ in range(rounds)]
         results[row] = {what: [*(statistics.median(r[side][what] for r in runs) for side in (0, 1)),
                                statistics.median(r[0][what] / r[1][what] for r in runs)]
@@ -586,22 +513,29 @@ def beside_peers(folder: str, rows: list[str], rounds: int, quick: list[str]
     return results
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str, dtype: str) -> dict[str, Any]:
     """What a result depends on besides the code."""
     peers = {name: version(name) for name in ("transformers", "peft")}
     return provenance() | peers | {
         "machine": platform.platform(), "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "dtype": "float32"}
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "device": card(device), "dtype": dtype}
 
 
-def along_blocks() -> None:
+def card(device: str) -> str:
+    """The device's name."""
+    return torch.cuda.get_device_name(device) if is_cuda(device) else device
+
+
+def along_blocks(device: str) -> None:
     print(f"{'blocks':>8}{'sweep, MB added':>18}{'all factors at once':>22}")
     for blocks in BLOCKS:
-        added = [fresh("--grown", str(blocks), str(whole), **EXACT)["bytes"] for whole in (0, 1)]
+        added = [fresh("--grown", str(blocks), str(whole), "--device", device, **EXACT)["bytes"]
+                 for whole in (0, 1)]
         print(f"{blocks:>8}{added[0] / 1e6:>18.0f}{added[1] / 1e6:>22.0f}", flush=True)
 
 
-def main() -> None:
+def bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="a Llama checkpoint in Hugging Face form")
@@ -627,66 +561,83 @@ def main() -> None:
     parser.add_argument("--mlp", type=int, help="another width of the MLP")
     parser.add_argument("--sequences", type=int, default=Size().sequences,
                         help="of --starts: of 256 tokens each; default %(default)s")
+    parser.add_argument("--plain", action="store_true", help="of --starts: by farss.py as it is "
+                        "printed, not by fast/")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=Size().dtype,
-                        help="of --starts: of the weights; default %(default)s")
+                        help="of the weights; default %(default)s")
+    parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--start", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--grown", nargs=2, type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def rows_beside_peers(args: argparse.Namespace, work: Work) -> None:
+    """The rows of a model folder, printed and, with --json, saved."""
+    rows = args.rows or [row for row in ROWS if args.questions or row != "evaluation"]
+    if "evaluation" in rows and not (args.questions and args.questions.is_file()):
+        bench_parser().error("evaluation asks the questions of a file: --questions FILE")
+    rounds, more = (1, ["--quick"]) if args.quick else (args.rounds, [])
+    more += ["--device", args.device, "--dtype", args.dtype]
+    print(f"{args.dtype} on {card(args.device)}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, median of {rounds} rounds")
+    print(f"{'':28}{'here':>10}{'peer':>10}{'ratio':>8}")
+    if args.questions:
+        os.environ["QUESTIONS"] = str(args.questions)
+    results: dict[str, Any] = {}
+    for row in rows:
+        with tempfile.TemporaryDirectory() if row == "loading" else nullcontext(
+                args.folder) as folder:
+            if row == "loading":
+                random_checkpoint(folder, work)
+            results |= beside_peers(folder, [row], rounds, more)
+    if args.json:
+        checkpoint.save_json(args.json, machine(args.device, args.dtype) | {
+            "folder": args.folder, "rounds": rounds, "work": work._asdict(), "rows": results})
+
+
+def main() -> None:
+    parser = bench_parser()
     args = parser.parse_args()
-    work = QUICK if args.quick else Work()
+    work = (QUICK if args.quick else Work())._replace(device=args.device, dtype=args.dtype)
     if args.measure:
         row, side = args.measure
         print(json.dumps(measure(ROWS[row], int(side), args.folder, work)))
     elif args.grown:
-        print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]))}))
+        print(json.dumps({"bytes": grown(args.grown[0], bool(args.grown[1]), args.device)}))
     elif args.start:
         method, side, described = args.start
         size = Size(**json.loads(described))
         print(json.dumps(start_in_peft(method, size) if side == "peft" else
-                         start_here(method, size, side == "shallow")))
+                         start_here(method, size, int(side == "shallow"))))
     elif args.growth is not None:
         print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, at {BASE}")
-        found = growth(args.growth or list(GROWTH))
+        found = growth(args.growth or list(GROWTH), args.device)
         if args.json:
-            checkpoint.save_json(args.json, machine() | {"base": BASE._asdict(), "growth": found})
+            checkpoint.save_json(args.json, machine(args.device, BASE.dtype)
+                                 | {"base": BASE._asdict(), "growth": found})
         if args.plot:
             draw_growth(found, args.plot)
     elif args.starts or args.decompositions:
-        size = Size.of(args.like, args.width, args.mlp, sequences=args.sequences, dtype=args.dtype)
+        size = Size.of(args.like, args.width, args.mlp, sequences=args.sequences, dtype=args.dtype,
+                       form="plain" if args.plain else "fast",
+                       device=args.device)
         print(f"{size.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, one "
               f"block of width {size.width}, MLP {size.mlp}, like {size.like}, {size.sequences} "
               "sequences")
-        measured: dict[str, Any] = {"dtype": size.dtype, "size": size._asdict()}
+        results: dict[str, Any] = {"size": size._asdict()}
         if args.decompositions:
-            measured["decompositions"] = decompositions(size.width, size.mlp)
+            results["decompositions"] = decompositions(size.width, size.mlp, args.device)
         if args.starts:
-            measured["starts"] = starts(size, args.methods)
+            results["starts"] = starts(size, args.methods)
         if args.json:
-            checkpoint.save_json(args.json, machine() | measured)
+            checkpoint.save_json(args.json, machine(args.device, args.dtype) | results)
     elif args.blocks:
-        along_blocks()
+        along_blocks(args.device)
     elif not args.folder or not os.path.exists(os.path.join(args.folder, "config.json")):
         parser.error(f"{args.folder or 'FOLDER'}: no config.json there")
     else:
-        rows = args.rows or [row for row in ROWS if args.questions or row != "evaluation"]
-        if "evaluation" in rows and not (args.questions and args.questions.is_file()):
-            parser.error("evaluation asks the questions of a file: --questions FILE")
-        rounds, quick = (1, ["--quick"]) if args.quick else (args.rounds, [])
-        print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-              f"median of {rounds} rounds")
-        print(f"{'':28}{'here':>10}{'peer':>10}{'ratio':>8}")
-        if args.questions:
-            os.environ["QUESTIONS"] = str(args.questions)
-        results: dict[str, dict[str, list[float]]] = {}
-        for row in rows:
-            with tempfile.TemporaryDirectory() if row == "loading" else nullcontext(
-                    args.folder) as folder:
-                if row == "loading":
-                    random_checkpoint(folder, work)
-                results |= beside_peers(folder, [row], rounds, quick)
-        if args.json:
-            checkpoint.save_json(args.json, machine() | {
-                "folder": args.folder, "rounds": rounds, "work": work._asdict(), "rows": results})
+        rows_beside_peers(args, work)
 
 
 if __name__ == "__main__":

@@ -527,6 +527,11 @@ def show(s: Settings, config: Config, plan: Plan, known: str) -> None:
           + (f" ({s.epochs} epoch{'s' * (s.epochs > 1)} of {plan.examples:,})"
              if not s.steps else "")
           + f", {plan.warmup_steps} of them warm-up to lr {s.lr:g}")
+    show_memory(s, plan)
+
+
+def show_memory(s: Settings, plan: Plan) -> None:
+    """What training and start take of the device, and what does not fit."""
     has = f"{plan.memory / 1e9:.0f} GB" + (f" free on {s.device}" if s.device else "")
     each = f" for each of {processes()} processes" if processes() > 1 else ""
     print(f"memory        of {has}{each}, about")

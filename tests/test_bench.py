@@ -22,11 +22,45 @@ def folder(tmp_path, monkeypatch):
     return str(write_checkpoint(tmp_path / "tiny", num_hidden_layers=1))
 
 
-@pytest.mark.parametrize("name", [n for n in bench.ROWS if n != "loading"])
-def test_both_sides_do_the_same_amount(name, folder):
-    row = bench.ROWS[name]
-    done = [side(folder, TINY)() for side in (row.here, row.there)]
+ON_ONE = [n for n in bench.ROWS if n != "loading"]
+
+
+@pytest.mark.parametrize("name, dtype", [*((n, "float32") for n in ON_ONE),
+                                         ("training", "bfloat16"), ("generation", "bfloat16")])
+def test_both_sides_do_the_same_amount_in_their_dtype(name, dtype, folder, monkeypatch):
+    load, seen = C.load, []
+    monkeypatch.setattr(C, "load", lambda *where: seen.append(where) or load(*where))
+    row, work = bench.ROWS[name], TINY._replace(dtype=dtype)
+    done = [side(folder, work)() for side in (row.here, row.there)]
     assert done[0] == done[1] > 0
+    assert set(seen) == {(folder, getattr(torch, dtype), "cpu")}
+
+
+def test_models_and_batches_are_where_they_are_told(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(C, "load", lambda *where: seen.append(where))
+    work = TINY._replace(device="meta", dtype="bfloat16")
+    bench.ours(folder, work)
+    assert seen == [(folder, torch.bfloat16, "meta")]
+    model = bench.theirs(folder, work)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    for batch in (*bench.batches(64, 2, device="meta"), bench.padded_left([[1], [2, 3]], "meta")):
+        assert {t.device.type for t in batch.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", [n for n in bench.ROWS if n != "loading"])
+def test_every_row_asks_for_its_device(name, folder, monkeypatch):
+    """For its models, and for the batches that it makes itself."""
+    asked, load = [], C.load
+    monkeypatch.setattr(C, "load", lambda path, dtype, device: asked.append(device) or load(
+        path, dtype, "cpu"))
+    monkeypatch.setattr(bench, "batches", lambda vocab, count, lengths=(128, 256), device="cpu",
+                        inner=bench.batches: asked.append(device) or inner(vocab, count, lengths))
+    monkeypatch.setattr(bench, "padded_left", lambda rows, device="cpu",
+                        inner=bench.padded_left: asked.append(device) or inner(rows))
+    for side in (bench.ROWS[name].here, bench.ROWS[name].there):
+        side(folder, TINY._replace(device="cpu:0"))()
+    assert set(asked) == {"cpu:0"}
 
 
 def test_training_is_on_the_same_loss(folder, monkeypatch):
@@ -67,6 +101,28 @@ def test_the_random_checkpoint_is_whole_for_both(tmp_path, monkeypatch):
     assert bench.millions(ours) == bench.millions(theirs)
     for name, p in theirs.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), p, rtol=0, atol=0)
+
+
+def test_device_and_dtype_reach_every_process(folder, monkeypatch, capsys):
+    """And a process makes of them what it measures with."""
+    told, made = [], []
+
+    def fresh(*arguments, **_):
+        told.append(arguments)
+        return {"tokens/s": 1.0, "peak GB": 1.0, "bytes": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(bench, "fresh", fresh)
+    monkeypatch.setattr(bench, "card", lambda device: device)
+    monkeypatch.setattr(bench, "measure", lambda row, side, folder, w: made.append(w) or {})
+    where = ["--device", "cuda:1", "--dtype", "bfloat16"]
+    for what in ([folder, "--rows", "training", "--quick"], ["--blocks"],
+                 ["--starts", "--methods", "lora"], [folder, "--measure", "training", "0"]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *what, *where])
+        bench.main()
+    assert len(told) == 2 + 2 * len(bench.BLOCKS) + 2
+    assert all("cuda:1" in " ".join(map(str, each)) for each in told)
+    assert all("bfloat16" in " ".join(map(str, each)) for each in told if "--grown" not in each)
+    assert (made[0].device, made[0].dtype) == ("cuda:1", "bfloat16")
 
 
 def test_results_as_a_file(tmp_path, folder, monkeypatch, capsys):
@@ -120,11 +176,12 @@ def test_a_start_is_measured_where_it_is_told(monkeypatch):
     def initialise(model, s, examples):
         seen.update(blocks=len(model.blocks), width=model.config.hidden_size,
                     mlp=model.config.intermediate_size, sequences=len(examples), rank=s.rank,
-                    dtype=s.dtype)
+                    dtype=s.dtype, length=len(examples[0].ids), device=s.device,
+                    vocab=model.config.vocab_size)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
     monkeypatch.setattr(bench.train, "initialise", initialise)
-    size = bench.Size(128, 352, 3, 5, 7, dtype="bfloat16")
+    size = bench.Size(128, 352, 3, 5, 7, dtype="bfloat16", length=9, vocab=99)
     bench.start_here("farss", size)
     assert seen | {"like": "llama2-7b"} == size._asdict()
 
@@ -134,7 +191,8 @@ def test_starts_as_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "fresh", lambda flag, method, side, size: {
         "seconds": {"here": 1.0, "shallow": 2.0, "peft": 3.0}[side],
         "bytes": 1e9 * json.loads(size)["sequences"]})
-    monkeypatch.setattr(bench, "decompositions", lambda width, mlp: {f"{width} x {mlp}": {"a": 1}})
+    monkeypatch.setattr(bench, "decompositions", lambda width, mlp, device: {
+        f"{width} x {mlp}": {"a": 1}})
     monkeypatch.setattr(sys, "argv", [
         "bench.py", "--starts", "--decompositions", "--methods", "farss", "pissa", "--sequences",
         "5", "--dtype", "bfloat16", "--width", "256", "--mlp", "688", "--json",
@@ -150,18 +208,17 @@ def test_starts_as_a_file(tmp_path, monkeypatch, capsys):
     assert "3.0      5.00" in capsys.readouterr().out
 
 
-def test_blocks_are_made_in_their_own_dtype(monkeypatch):
-    """From the first, not by a detour, and torch's default stays."""
-    def made(config):
-        model = inner(config)
-        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-        return model
+def test_peft_is_asked_for_a_method_where_it_is_measured(monkeypatch):
+    """An old peft has no KaSA, and all others can be measured beside it."""
+    import peft
 
-    inner = M.CausalLM
-    monkeypatch.setattr(M, "CausalLM", made)
-    model = bench.random_blocks(bench.Size(128, 352, 1, dtype="bfloat16"))
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert torch.get_default_dtype() == torch.float32
+    monkeypatch.delattr(peft, "KasaConfig")
+    assert bench.peft_start("lora") == {}
+    assert bench.peft_start("pissa") == {"init_lora_weights": "pissa"}
+    assert bench.peft_start("corda-kpm")["corda_config"].corda_method == "kpm"
+    assert bench.peft_start("farss") is None
+    with pytest.raises(AttributeError, match="KasaConfig"):
+        bench.peft_start("kasa")
 
 
 def test_a_start_is_measured_at_a_models_own_shapes():
