@@ -5,11 +5,11 @@ time. Where there is no GPU the CPU takes its place: in the cases marked `rehear
 `--device cpu` in all.
 
 Weights are bf16 numbers, so that only the arithmetic differs. How far it may be off was measured
-with the CPU in the GPU's place. Bounds of fp32 are 10 to 25 times that, as another device sums in
-another order; all but those of sorted or trained things are below what products in TF32 would cost.
-Bounds of bf16 are about 4 times that, as a GPU may round partial sums, too. Never compared are
-singular vectors and choices between near equals: instead their own residuals, sums that no rotation
-changes, and what the reference says of what was chosen.
+with the CPU in the GPU's place, and stands beside the bounds of fp32 and bf16. Those of fp32 are
+ten times that or more, as another device sums in another order, and nearly all below what products
+in TF32 cost; those of bf16 at least three times, as partial sums, too, may be rounded. Singular
+vectors and choices between near equals are up to rounding, and never compared. What they come to
+is: in sums that no rotation changes, or as the reference sees what was chosen.
 """
 
 import copy
@@ -29,13 +29,11 @@ import checkpoint as C
 import data
 import eval as E
 import farss
-import fast
 import figures
 import model as M
 import settings as S
 import train
-from fast import start
-from methods import METHODS, covariances
+from baselines import METHODS, covariance_sweep
 
 rehearsed = pytest.mark.rehearsed  # cheap, so that a CPU runs it among all other tests
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -97,7 +95,7 @@ def there(batch, model):
 
 
 @torch.no_grad()
-@within(2e-5, 0.2)
+@within(2e-5, 0.2)  # measured: 1.9e-6, 0.044
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=rehearsed) if kind in KINDS else kind
                                   for kind in MODELS])
 def test_logits(device, kind, dtype, bound):
@@ -121,7 +119,7 @@ def gradients(model, seed=0):
 
 
 @rehearsed
-@within(5e-5, 0.2)
+@within(5e-5, 0.2)  # 5.1e-6, 0.054
 def test_gradients_of_a_wide_model(device, dtype, bound):
     """Through adapted layers as one function, without padding, by fused attention, and with blocks
     kept or computed again."""
@@ -135,7 +133,7 @@ def test_gradients_of_a_wide_model(device, dtype, bound):
 
 
 @rehearsed
-@within(1e-4, 5e-2)
+@within(1e-4, 0.05)  # 0: but a GPU may add up what it does at once in any order
 def test_both_passes_drop_the_same(device, dtype, bound):
     """A block that is computed again drops what it did. And a layer, which is linear in x whatever
     it drops, has <dx, x> = <dy, y>."""
@@ -154,7 +152,7 @@ def test_both_passes_drop_the_same(device, dtype, bound):
 
 
 @torch.no_grad()
-@within(2e-5, 0.2)
+@within(2e-5, 0.2)  # 2.0e-6, 0.058
 @pytest.mark.parametrize("kind", ["two-to-one heads", "mistral with a window", "gemma2", "wide"])
 def test_greedy_tokens(device, kind, dtype, bound):
     """With adapters, and with them merged; more prompts than slots. By the reference each token is
@@ -180,21 +178,22 @@ def test_greedy_tokens(device, kind, dtype, bound):
 @rehearsed
 def test_moments_of_bf16_by_tensor_cores_are_those_of_fp64(device):
     """Products of bf16 numbers are exact in TF32, and their sums fp32."""
-    rows, total = torch.randn(700, 2100, dtype=torch.bfloat16, device=device), fast.OuterSum()
+    rows, sums = torch.randn(700, 2100, dtype=torch.bfloat16, device=device), {}
     for part in rows.split(100):
-        total.add(part)
+        farss.add_outer(sums, "x", part)
+    farss.mirror(sums["x"])
     expected = rows.double().T @ rows.double()
-    assert distance(total.value(), expected) <= 1e-5
+    assert distance(sums["x"], expected) <= 1e-5
 
 
 @rehearsed
 @pytest.mark.parametrize("keep_on", [None, "cpu"])
-@within(1e-4, 0.4)
-def test_factors_by_block(device, dtype, bound, keep_on):
+@within(1e-4, 0.4)  # 6e-6, 0.13
+def test_factors_of_the_sweep(device, dtype, bound, keep_on):
     cpu, gpu = on_both(tiny_llama(), device, dtype)
     batch, names = tiny_batch(ROWS), M.linear_names(cpu, SEVEN)
     expected = farss.kfac_factors(cpu, [batch], names)
-    for factors in farss.factors_by_block(gpu, [there(batch, gpu)], names, keep_on=keep_on):
+    for factors, _ in farss.sweep(gpu, [there(batch, gpu)], names, keep_on=keep_on):
         for name, pair in factors.items():
             for mine, theirs in zip(pair, expected[name], strict=True):
                 assert distance(mine, theirs) <= bound, name
@@ -205,13 +204,13 @@ def test_factors_by_block(device, dtype, bound, keep_on):
 def test_wide_decompositions(device, m, n):
     """Below σ_1 / 32 a second one is needed: one alone gets the smallest σ wrong by a hundredth."""
     W = next(p.detach() for p in wide().parameters() if p.shape == (m, n))
-    U, S, Vh = (x.cpu().double() for x in fast.svd(W.to(device)))
+    U, S, Vh = (x.cpu().double() for x in farss.svd(W.to(device)))
     W = W.double()
     near, far = (Vh.T, U) if m >= n else (U, Vh.T)
     sigma = torch.linalg.eigvalsh(W.T @ W if m >= n else W @ W.T).flip(0).sqrt()
-    assert ((S - sigma) / sigma).abs().max() <= 2e-3
+    assert ((S - sigma) / sigma).abs().max() <= 4e-3  # 1.7e-4
     assert distance(U * S @ Vh, W) <= 1e-5
-    for side, bound in ((near, 2e-5), (far, 5e-3)):  # σ_1 / σ_k units of rounding
+    for side, bound in ((near, 5e-5), (far, 5e-3)):  # 2e-6, and σ_1 / σ_k units of rounding: 4e-4
         assert (side.T @ side - torch.eye(1088)).abs().max() <= bound
 
 
@@ -227,24 +226,23 @@ def scored_by_reference(kind):
             farss.measure(cpu, [batch], names, BUDGET))
 
 
-@pytest.mark.parametrize("form, first", [(farss, False), (fast, False), (fast, True)],
-                         ids=["plain", "fast", "fast, summed first"])
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("kind", [pytest.param("two-to-one heads", marks=rehearsed), "wide"])
-@within(1e-4, 0.3)
-def test_scores(monkeypatch, device, kind, dtype, bound, form, first):
+@within(2e-4, 0.3)  # 1.4e-5, 0.077
+def test_scores(monkeypatch, device, kind, dtype, bound, first):
     """Importance, all scores together, and of each candidate what the factors give it; among near
     equals the choice is free, and costs little."""
     names, factors, expected = scored_by_reference(kind)
-    monkeypatch.setattr(start, "sums_first", lambda budget, name, *_: (
+    monkeypatch.setattr(farss, "sums_first", lambda budget, name, *_: (
         first and not budget.is_shallow(name)))
     _, gpu = on_both(MODELS[kind](), device, dtype)
-    for name, x in form.measure(gpu, [there(tiny_batch(ROWS), gpu)], names, BUDGET).items():
+    for name, x in farss.measure(gpu, [there(tiny_batch(ROWS), gpu)], names, BUDGET).items():
         if BUDGET.is_shallow(name):
             assert x.importance == pytest.approx(expected[name].importance, rel=bound)
         assert distance(x.s, expected[name].s) <= bound
         own = farss.direction_scores(x.S, *farss.lam_gam(x.U.double(), x.Vh.double(),
                                                          *factors[name]))
-        assert ((x.s[x.index] - own) / own).abs().max() <= 3 * bound
+        assert ((x.s[x.index] - own) / own).abs().max() <= bound + 2e-3  # 3e-4 where σ is least
         best = expected[name].s[expected[name].index].sum().item()
         assert own.sum().item() == pytest.approx(best, rel=max(0.15, bound))
 
@@ -256,17 +254,17 @@ def taken_from_wide(device, dtype, method):
     draw = torch.Generator().manual_seed(5)
     examples = [data.Example(torch.randint(256, (n,), generator=draw).tolist(), n // 2)
                 for n in (140, 40, 20, 90)]
-    s = S.Settings(device=device, method=method, form="fast", rank=8, alpha=4.0,
-                   calibration_examples=4, targets=",".join(SQUARE_TALL_FLAT))
+    s = S.Settings(device=device, method=method, rank=8, alpha=4.0, calibration_examples=4,
+                   targets=",".join(SQUARE_TALL_FLAT))
     found = {}
-    for name, taken in train.initialise(gpu, s, examples)[0].items():
-        A0, B0 = (x.double() for x in taken)
+    for name, start in train.initialise(gpu, s, examples)[0].items():
+        A0, B0 = (x.cpu().double() for x in start)
         P = s.scaling * (B0 @ A0)
         found[name] = cpu.get_parameter(f"{name}.weight") - P, P, A0
     return found, train.calibration_batches(replace(s, device="cpu"), examples)
 
 
-@within(1e-5, 1e-5)
+@within(1e-5, 1e-5)  # 9e-7 in both
 @pytest.mark.parametrize("method, part", [("pissa", slice(8)), ("kasa", slice(-8, None))])
 def test_wide_splits(device, method, part, dtype, bound):
     """W on a space of its own, of the largest or the smallest directions; in bf16, too, since W is
@@ -280,13 +278,13 @@ def test_wide_splits(device, method, part, dtype, bound):
         assert distance(P.norm(), sigma[part].norm()) <= bound
 
 
-@within(1e-9, 1e-5)
+@within(1e-9, 1e-5)  # 1.2e-11, 5.5e-7
 def test_wide_lora_null(device, dtype, bound):
     """W N Nᵀ where no input goes: fewer tokens than the layer is wide leave room for that."""
     found, batches = taken_from_wide(device, dtype, "lora-null")
     cpu, _ = on_both(wide(), "cpu", dtype)
-    for block in covariances(cpu, batches, list(found), train.run_body):
-        for name, covariance in block.items():
+    for covariances in covariance_sweep(cpu, batches, found):
+        for name, covariance in covariances.items():
             rest, P, A0 = found[name]
             N = torch.linalg.qr(A0.T)[0]
             assert distance(P, (rest + P) @ N @ N.T) <= 1e-5
@@ -338,7 +336,7 @@ def losses_of(run, device):
             found["webqs"]["known_loss"]]
 
 
-@within(1e-4, 1e-2)
+@within(1e-4, 0.05)  # 6e-7, with decompositions in fp64, and 0.013
 @pytest.mark.parametrize("kind, method", [
     *(pytest.param("two-to-one heads", method, marks=rehearsed) if method == "farss" else
       ("two-to-one heads", method) for method in METHODS),
@@ -356,6 +354,8 @@ def test_train_resume_evaluate(tmp_path, monkeypatch, device, kind, method, dtyp
     else:
         write_data("d")
     train.main([*argv, "--device", "cpu", "--out", "cpu"])
-    name = next(name for name, its in S.DTYPES.items() if its == dtype)
-    train_stopped_and_resumed([*argv, "--device", device, "--dtype", name], "gpu")
+    train_stopped_and_resumed(
+        [*argv, "--device", device, "--dtype", str(dtype).removeprefix("torch.")], "gpu")
+    if (kind, method) == ("wide", "lora-null"):
+        bound = 0.05  # more directions without any input than it takes: which, rounding decides
     assert losses_of("gpu", device) == pytest.approx(losses_of("cpu", "cpu"), rel=bound)
