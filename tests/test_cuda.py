@@ -29,11 +29,13 @@ import checkpoint as C
 import data
 import eval as E
 import farss
+import fast
 import figures
 import model as M
 import settings as S
 import train
-from baselines import METHODS, covariance_sweep
+from fast import start
+from methods import METHODS, covariances
 
 rehearsed = pytest.mark.rehearsed  # cheap, so that a CPU runs it among all other tests
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -178,22 +180,21 @@ def test_greedy_tokens(device, kind, dtype, bound):
 @rehearsed
 def test_moments_of_bf16_by_tensor_cores_are_those_of_fp64(device):
     """Products of bf16 numbers are exact in TF32, and their sums fp32."""
-    rows, sums = torch.randn(700, 2100, dtype=torch.bfloat16, device=device), {}
+    rows, total = torch.randn(700, 2100, dtype=torch.bfloat16, device=device), fast.OuterSum()
     for part in rows.split(100):
-        farss.add_outer(sums, "x", part)
-    farss.mirror(sums["x"])
+        total.add(part)
     expected = rows.double().T @ rows.double()
-    assert distance(sums["x"], expected) <= 1e-5
+    assert distance(total.value(), expected) <= 1e-5
 
 
 @rehearsed
 @pytest.mark.parametrize("keep_on", [None, "cpu"])
 @within(1e-4, 0.4)  # 6e-6, 0.13
-def test_factors_of_the_sweep(device, dtype, bound, keep_on):
+def test_factors_by_block(device, dtype, bound, keep_on):
     cpu, gpu = on_both(tiny_llama(), device, dtype)
     batch, names = tiny_batch(ROWS), M.linear_names(cpu, SEVEN)
     expected = farss.kfac_factors(cpu, [batch], names)
-    for factors, _ in farss.sweep(gpu, [there(batch, gpu)], names, keep_on=keep_on):
+    for factors in farss.factors_by_block(gpu, [there(batch, gpu)], names, keep_on=keep_on):
         for name, pair in factors.items():
             for mine, theirs in zip(pair, expected[name], strict=True):
                 assert distance(mine, theirs) <= bound, name
@@ -204,7 +205,7 @@ def test_factors_of_the_sweep(device, dtype, bound, keep_on):
 def test_wide_decompositions(device, m, n):
     """Below σ_1 / 32 a second one is needed: one alone gets the smallest σ wrong by a hundredth."""
     W = next(p.detach() for p in wide().parameters() if p.shape == (m, n))
-    U, S, Vh = (x.cpu().double() for x in farss.svd(W.to(device)))
+    U, S, Vh = (x.cpu().double() for x in fast.svd(W.to(device)))
     W = W.double()
     near, far = (Vh.T, U) if m >= n else (U, Vh.T)
     sigma = torch.linalg.eigvalsh(W.T @ W if m >= n else W @ W.T).flip(0).sqrt()
@@ -226,17 +227,18 @@ def scored_by_reference(kind):
             farss.measure(cpu, [batch], names, BUDGET))
 
 
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("form, first", [(farss, False), (fast, False), (fast, True)],
+                         ids=["plain", "fast", "fast, summed first"])
 @pytest.mark.parametrize("kind", [pytest.param("two-to-one heads", marks=rehearsed), "wide"])
 @within(2e-4, 0.3)  # 1.4e-5, 0.077
-def test_scores(monkeypatch, device, kind, dtype, bound, first):
+def test_scores(monkeypatch, device, kind, dtype, bound, form, first):
     """Importance, all scores together, and of each candidate what the factors give it; among near
     equals the choice is free, and costs little."""
     names, factors, expected = scored_by_reference(kind)
-    monkeypatch.setattr(farss, "sums_first", lambda budget, name, *_: (
+    monkeypatch.setattr(start, "sums_first", lambda budget, name, *_: (
         first and not budget.is_shallow(name)))
     _, gpu = on_both(MODELS[kind](), device, dtype)
-    for name, x in farss.measure(gpu, [there(tiny_batch(ROWS), gpu)], names, BUDGET).items():
+    for name, x in form.measure(gpu, [there(tiny_batch(ROWS), gpu)], names, BUDGET).items():
         if BUDGET.is_shallow(name):
             assert x.importance == pytest.approx(expected[name].importance, rel=bound)
         assert distance(x.s, expected[name].s) <= bound
@@ -254,11 +256,11 @@ def taken_from_wide(device, dtype, method):
     draw = torch.Generator().manual_seed(5)
     examples = [data.Example(torch.randint(256, (n,), generator=draw).tolist(), n // 2)
                 for n in (140, 40, 20, 90)]
-    s = S.Settings(device=device, method=method, rank=8, alpha=4.0, calibration_examples=4,
-                   targets=",".join(SQUARE_TALL_FLAT))
+    s = S.Settings(device=device, method=method, form="fast", rank=8, alpha=4.0,
+                   calibration_examples=4, targets=",".join(SQUARE_TALL_FLAT))
     found = {}
-    for name, start in train.initialise(gpu, s, examples)[0].items():
-        A0, B0 = (x.cpu().double() for x in start)
+    for name, taken in train.initialise(gpu, s, examples)[0].items():
+        A0, B0 = (x.cpu().double() for x in taken)
         P = s.scaling * (B0 @ A0)
         found[name] = cpu.get_parameter(f"{name}.weight") - P, P, A0
     return found, train.calibration_batches(replace(s, device="cpu"), examples)
@@ -283,8 +285,8 @@ def test_wide_lora_null(device, dtype, bound):
     """W N Nᵀ where no input goes: fewer tokens than the layer is wide leave room for that."""
     found, batches = taken_from_wide(device, dtype, "lora-null")
     cpu, _ = on_both(wide(), "cpu", dtype)
-    for covariances in covariance_sweep(cpu, batches, found):
-        for name, covariance in covariances.items():
+    for block in covariances(cpu, batches, list(found), train.run_body):
+        for name, covariance in block.items():
             rest, P, A0 = found[name]
             N = torch.linalg.qr(A0.T)[0]
             assert distance(P, (rest + P) @ N @ N.T) <= 1e-5
