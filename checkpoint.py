@@ -57,6 +57,14 @@ class UserError(ValueError):
     """Bad input that the user can mend: the scripts print it as one line and exit with 2."""
 
 
+class AbsentError(UserError):
+    """A file of the hub that is not there."""
+
+
+class DamagedError(UserError):
+    """A file of tensors that was cut short or changed since it was written."""
+
+
 LEAST = {"torch": "2.11", "huggingface_hub": "1.33"}  # as pyproject.toml has them
 
 
@@ -67,14 +75,6 @@ def check_version(package: str, installed: str) -> None:
     if found < least:
         raise UserError(f"{package} {installed} is too old; install {LEAST[package]} or newer: "
                         f"pip install '{package}>={LEAST[package]}'")
-
-
-class AbsentError(UserError):
-    """A file of the hub that is not there."""
-
-
-class DamagedError(UserError):
-    """A file of tensors that was cut short or changed since it was written."""
 
 
 # ----------------------------------------------------------------------- names of checkpoints

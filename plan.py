@@ -542,8 +542,8 @@ def show_memory(s: Settings, plan: Plan) -> None:
               + (f"; kept inputs, {plan.kept_apart / 1e9:.1f} GB, in CPU memory"
                  if plan.kept_apart else ""))
         if warning := no_room_for(plan.kept_apart, device_memory("cpu")):
-            print(f"              ON THIS MACHINE THIS DOES NOT FIT: {warning}, if examples have "
-                  "--max-length tokens")
+            print("              THIS DOES NOT FIT INTO THIS MACHINE, if examples have "
+                  f"--max-length tokens: {warning}")
     if plan.summed_first:
         print(f"              deep {', '.join(plan.summed_first)}: tokens summed first, then seen "
               "along the directions: fewer products, if examples have --max-length tokens")

@@ -431,9 +431,9 @@ def test_the_plan_says_where_kept_inputs_have_no_room(capsys, monkeypatch, metho
     argv = ["--model", "llama2-7b", "--memory", "16", "--method", method]
     monkeypatch.setattr(C, "free_memory", lambda device: 39e9)
     out = shown(capsys, *argv)
-    assert "DOES NOT FIT: the start" not in out and ("in CPU memory" in out) == said
+    assert "FIT INTO THIS MACHINE" not in out and ("in CPU memory" in out) == said
     monkeypatch.setattr(C, "free_memory", lambda device: 30e9)
-    assert ("ON THIS MACHINE THIS DOES NOT FIT: the start keeps 34.4 GB of block inputs in the "
-            "CPU's memory, of which 30.0 GB are free: give fewer --calibration-examples or a "
-            "smaller --max-length, if examples have --max-length tokens\n"
+    assert ("THIS DOES NOT FIT INTO THIS MACHINE, if examples have --max-length tokens: the start "
+            "keeps 34.4 GB of block inputs in the CPU's memory, of which 30.0 GB are free: give "
+            "fewer --calibration-examples or a smaller --max-length\n"
             in shown(capsys, *argv)) == said
