@@ -177,11 +177,12 @@ def test_a_start_is_measured_where_it_is_told(monkeypatch):
         seen.update(blocks=len(model.blocks), width=model.config.hidden_size,
                     mlp=model.config.intermediate_size, sequences=len(examples), rank=s.rank,
                     dtype=s.dtype, length=len(examples[0].ids), device=s.device,
-                    vocab=model.config.vocab_size)
+                    vocab=model.config.vocab_size, form=s.form)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
     monkeypatch.setattr(bench.train, "initialise", initialise)
-    size = bench.Size(128, 352, 3, 5, 7, dtype="bfloat16", length=9, vocab=99)
+    size = bench.Size(128, 352, 3, 5, 7, dtype="bfloat16", length=9, vocab=99,
+                      form="plain")
     bench.start_here("farss", size)
     assert seen | {"like": "llama2-7b"} == size._asdict()
 

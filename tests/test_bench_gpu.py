@@ -19,6 +19,7 @@ import bench_gpu as G
 import bench_machine
 import bench_real
 import bench_run
+import fast
 import plan
 from checkpoint import UserError
 from measuring import FULL, TINY, Job, falling
@@ -361,7 +362,7 @@ def test_the_page_says_what_the_plan_says_of_each_card():
         for gb in (24, 48, 80):
             s, config = settle(training_arguments("", ["--model", model, "--task", task,
                                                        "--dry-run"]))
-            made = plan.make(s, config, gb * 1e9)
+            made = plan.make(s, config, gb * 1e9, fast=fast)
             start = sum(made.initialisation.values()) / 1e9
             cells.setdefault(f"{model}, training", []).append(
                 f"{sum(made.training.values()) / 1e9:.1f} GB, mb {made.micro_batch}"

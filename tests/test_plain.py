@@ -3,6 +3,8 @@
 The upper half needs no fast/ (a test deletes it in a copy); the lower half compares.
 """
 
+import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import GEMMA2, MISTRAL, tiny_batch, tiny_llama, tiny_roberta, tiny_texts
+from tiny import GEMMA2, MISTRAL, tiny_batch, tiny_llama, tiny_roberta, tiny_texts, wide_llama
 
 import farss
 import model as M
@@ -67,6 +69,67 @@ def test_without_fast_a_run_on_the_microcosm_is_the_same(tmp_path):
     assert adapters[0] == adapters[1]
 
 
+# Runs a command of the repository, and writes which functions of farss.py it called.
+TRACER = """
+import json, os, runpy, sys
+root, out, script, *arguments = sys.argv[1:]
+sys.argv, called = [script, *arguments], set()
+sys.path.insert(0, root)
+
+def watch(frame, event, arg):
+    if event == "call" and frame.f_code.co_filename == os.path.join(root, "farss.py"):
+        called.add(frame.f_code.co_qualname)
+
+sys.setprofile(watch)
+try:
+    runpy.run_path(os.path.join(root, script), run_name="__main__")
+finally:
+    sys.setprofile(None)
+    json.dump(sorted(called), open(out, "w"))
+"""
+TREE = ast.parse((REPO / "farss.py").read_text())
+NUMBERED = {  # functions of farss.py whose docstring begins with a number of the paper
+    f"{above}{node.name}" for above, body in (
+        ("", TREE.body),
+        *((f"{x.name}.", x.body) for x in TREE.body if isinstance(x, ast.ClassDef)))
+    for node in body if isinstance(node, ast.FunctionDef)
+    and (ast.get_docstring(node) or "").startswith("Eq.")}
+SCORES = {"knowledge_score", "task_score", "harmonic_mean"}  # Eq. 36-38, which eval.py calls
+ORACLE = {"kfac_factors", "sampled_loss"}  # of the whole model; Eq. 5 as written
+
+
+def called(tmp_path, *command):
+    out = tmp_path / "called.json"
+    done = subprocess.run([sys.executable, "-c", TRACER, str(REPO), str(out), *map(str, command)],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return set(json.loads(out.read_text()))
+
+
+def test_what_one_reads_is_what_runs(tmp_path):
+    """`python train.py --method farss` calls every function that carries an equation."""
+    assert len(NUMBERED) == 20
+    command = ["train.py", "--method", "farss", "--steps", "2", "--calibration-examples", "8"]
+    plain = called(tmp_path, *command, "--out", tmp_path / "run")
+    assert NUMBERED - plain == SCORES | ORACLE
+    sampled = called(tmp_path, *command, "--fisher", "sampled", "--out", tmp_path / "sampled")
+    assert NUMBERED - sampled == SCORES | ORACLE - {"sampled_loss"}
+    assert called(tmp_path, "eval.py", tmp_path / "run") >= SCORES
+
+
+def test_with_fast_all_is_called_but_what_it_replaces_by_name(tmp_path):
+    """Of a narrow model fast/ takes farss.svd, too, as its own way would be no faster."""
+    import fast
+
+    found = called(tmp_path, "train.py", "--method", "farss", "--steps", "2", "--fast",
+                   "--calibration-examples", "8", "--out", tmp_path / "run")
+    named = set(", ".join(fast.REPLACES).split(", "))
+    assert named <= {"kfac_hooks", "factors_by_block", *NUMBERED} and not named - {"svd"} & found
+    inside = {"FactorSums.add_input", "FactorSums.add_gradient"}  # of kfac_hooks
+    assert NUMBERED - found == (named & NUMBERED) - {"svd"} | inside | SCORES | ORACLE | {
+        "measure_layer"}
+
+
 # ---------------------------------------------------------------------------- plain beside fast
 
 
@@ -112,6 +175,45 @@ def test_start_of_an_encoder(dtype, tolerance):
     names = M.linear_names(model, M.ENCODER_TARGETS["six"])
     compare(model, [tiny_texts(), tiny_texts((7, 3), seed=1)], names, farss.Budget(1, 3, 2, 1, 4),
             tolerance)
+
+
+@pytest.mark.parametrize("size", [
+    pytest.param(dict(hidden_size=1088, intermediate_size=1152, num_attention_heads=8,
+                      num_key_value_heads=8, head_dim=136), marks=pytest.mark.rehearsed,
+                 id="wide enough"),
+    pytest.param(dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32,
+                      num_key_value_heads=32, head_dim=128), id="llama2-7b")])
+@pytest.mark.parametrize("shallow", [0, 1])
+def test_one_block_of_falling_spectrum(device, size, shallow):
+    """A block of Llama-2-7B's widths, equation by equation; on a CPU it takes minutes, so that by
+    itself only a narrower one runs there (`--device cpu` takes both)."""
+    from fast import measure
+
+    model = wide_llama(num_hidden_layers=1, **size).to(device)
+    batch = {k: v.to(device) for k, v in tiny_batch([(60, 80), (3, 40), (90, 60)]).items()}
+    names, budget = M.linear_names(model, SEVEN), farss.Budget(shallow, 128, 50, 1, 64)
+    plain, fast = (f(model, [batch], names, budget) for f in (farss.measure, measure))
+    for name in names:
+        mine, theirs = fast[name], plain[name]
+        torch.testing.assert_close(mine.sigma, theirs.sigma, rtol=2e-3, atol=0)  # Eq. 13
+        assert mine.importance == (pytest.approx(theirs.importance, rel=1e-3) if shallow else None)
+        # Eq. 14 and 15, of neighbours together: those whose σ is all but the same may be turned
+        bins = [x.s.double().unfold(0, 8, 8).sum(1) for x in (mine, theirs)]
+        torch.testing.assert_close(*bins, rtol=5e-2, atol=1e-6 * theirs.s.max().item())
+        # Eq. 16 and 17: nearly all the same; and of near equals others, which score as much
+        assert len(set(mine.index.tolist()) & set(theirs.index.tolist())) > 0.8 * len(mine.index)
+        chosen = [theirs.s[x.index].sum().item() for x in (mine, theirs)]
+        assert chosen[0] == pytest.approx(chosen[1], rel=0.1)
+    starts = [farss.build_adapters(x, budget) for x in (plain, fast)]
+    assert [len(x.A) for x in starts[0].values()] == [len(x.A) for x in starts[1].values()]
+    for name in names:
+        W, (a, b) = model.get_parameter(f"{name}.weight").cpu(), (x[name] for x in starts)
+        for x in (a, b):  # B A is a part of W: W has as much less of it as it has of its own
+            BA = x.B @ x.A
+            apart = (W - BA).pow(2).sum() + BA.pow(2).sum()
+            assert apart.item() == pytest.approx(W.pow(2).sum().item(), rel=1e-5)
+        if not shallow:
+            assert (a.B @ a.A - b.B @ b.A).norm() <= 0.05 * (a.B @ a.A).norm()
 
 
 @pytest.mark.parametrize("targets", [SEVEN[:4], ["down_proj"], ["v_proj", "up_proj"]])
