@@ -305,7 +305,7 @@ def write_uneven_data(folder):
     """Eight rows of such lengths that training leaves padding out."""
     file = write_data(folder) / "train.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()[:8]]
-    file.write_text("".join(json.dumps(row | {"question": row["question"] + " and" * 10 * i}) + "\n"
+    file.write_text("".join(json.dumps(row | {"question": row["question"] + " and" * 11 * i}) + "\n"
                             for i, row in enumerate(rows)))
 
 
