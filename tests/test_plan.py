@@ -130,7 +130,8 @@ def test_the_plan_of_a_classifier(capsys):
     out = capsys.readouterr().out
     assert "and the classification head, 0.6M, in full" in out and "logits" not in out
     assert "shallow attention.output.dense" in out and "deep output.dense" in out
-    plan = planned("--model", "roberta-base", "--task", "glue:rte")
+    flags = ["--model", "roberta-base", "--task", "glue:rte", "--dry-run"]
+    plan = P.make(*S.settle(S.training_arguments("", flags)), fast=fast)
     assert plan.head == 768 * 768 + 768 + 2 * 768 + 2
     assert plan.training["trained, with AdamW"] == 16 * (plan.bounds[1] + plan.head)
     assert planned("--model", "roberta-base", "--task", "glue:mnli").head == plan.head + 769
@@ -192,9 +193,9 @@ def test_what_the_user_fixes_stays():
 @pytest.mark.parametrize("shallow", [0, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("first", [False, True], ids=["by token", "summed first"])
-def test_the_peak_of_the_sweep_is_predicted_within_a_tenth(monkeypatch, dtype, shallow, small,
-                                                           first):
-    """At Llama's proportions, weights apart, which are there before."""
+def test_the_peak_of_the_fast_start_is_predicted(monkeypatch, dtype, shallow, small, first):
+    """At Llama's proportions, weights apart, which are there before: at most a fifth too high and
+    a twentieth too low."""
     monkeypatch.setattr(start, "sums_first", lambda budget, name, *_: first and
                         not budget.is_shallow(name))
     monkeypatch.setattr(memory, "sums_first", start.sums_first)
@@ -209,8 +210,8 @@ def test_the_peak_of_the_sweep_is_predicted_within_a_tenth(monkeypatch, dtype, s
     examples = [data.Example(torch.randint(3, 512, (128,)).tolist(), 64) for _ in range(16)]
     with PeakBytes(model) as watch:
         fast.measure(model, train.calibration_batches(s, examples), s.layers(model), s.budget)
-    parts = P.initialisation_memory(s, config, 0, fast)
-    assert sum(parts.values()) == pytest.approx(watch.peak, rel=0.1)
+    predicted = sum(P.initialisation_memory(s, config, 0, fast).values())
+    assert 0.95 * watch.peak <= predicted <= 1.2 * watch.peak
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -656,8 +656,8 @@ def test_farss_on_an_encoder_keeps_its_function(labels):
     layers = farss.build_adapters(farss.measure(model, [batch], names, budget), budget, 2.0)
     assert list(layers) == names
     assert [x.shallow for x in layers.values()] == [True] * 6 + [False] * 6
-    assert all(2 <= x.rank <= 8 for x in layers.values() if x.shallow)
-    assert all(x.rank == 9 for x in layers.values() if not x.shallow)
+    assert all(2 <= len(x.A) <= 8 for x in layers.values() if x.shallow)
+    assert all(len(x.A) == 9 for x in layers.values() if not x.shallow)
     assert sum(x.r_raw for x in layers.values() if x.shallow) == pytest.approx(5 * 6)
     weights = {n: model.get_submodule(n).weight.clone() for n in names}
     M.attach(model, {n: (x.A, x.B) for n, x in layers.items()}, 2.0)
