@@ -81,9 +81,9 @@ def test_where_each_setting_of_a_glue_run_comes_from():
         "  the paper, 4.2: shallow 6 of 12 blocks, r min 1, r avg 50, r max 64, targets " + linears,
         "  the paper, A.2.1: calibration task, calibration examples 256",
         "  the paper, A.4.1: rank 128, lr 0.0004, batch size 64, epochs 10, max length 512",
+        "  chosen here, from a width of 512: form fast",
         "  chosen here: alpha 128, fisher empirical, examples 400000, warmup 0.03, weight decay 0, "
         "dropout 0, dtype float32",
-        "  chosen here, from a width of 512: form fast",
         "  the command line: seed 3",
         "  transformers' default: clip 1"]
     assert said("--method", "lora")[1:] == [
