@@ -483,12 +483,7 @@ def causal_mask(query: Tensor, total: int, attention_mask: Tensor | None,
 
 
 class CausalLM(nn.Module):
-    """Causal language model; `model(input_ids, attention_mask=None)` gives logits (b, t, V).
-
-    Besides, it lets itself be run block by block (farss.sweep): `enter` gives what goes into
-    the first block, `blocks` are run one after the other, `loss(..., hidden=)` takes what comes
-    out of the last one.
-    """
+    """Causal language model; `model(input_ids, attention_mask=None)` gives logits (b, t, V)."""
 
     fingerprint: str | None = None  # of the checkpoint whose weights it has
 
@@ -516,23 +511,18 @@ class CausalLM(nn.Module):
         """(..., V) of hidden states (..., d) behind the last norm."""
         return soft_cap(self.lm_head(hidden), self.config.final_logit_softcapping)
 
-    def enter(self, batch: dict[str, Tensor]) -> tuple[Tensor, Context]:
-        """Hidden state before the first block, and context, of a batch padded on the right."""
-        return self.model.enter(batch["input_ids"])
-
-    def loss(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
-             hidden: Tensor | None = None) -> tuple[Tensor, int]:
+    def loss(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+             ) -> tuple[Tensor, int]:
         """(summed negative log-likelihood in nats, number of labelled tokens).
 
         input_ids, labels (b, t), labels IGNORE where no loss falls. Batches must be padded on the
-        right (ValueError otherwise). `hidden` (b, t, d), if given, is what the last block made of
-        the batch, and no block is run. Logits exist only at the labelled positions, and where they
+        right (ValueError otherwise). Logits exist only at the labelled positions, and where they
         are more than CHUNK a chunk at a time: for a frozen head its gradient is taken at once (see
         ChunkedLoss), else the chunk is computed again in the backward pass.
         """
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("the loss takes batches padded on the right")
-        predicting, target = self.labelled(input_ids, labels, attention_mask, hidden)
+        predicting, target = self.labelled(input_ids, labels, attention_mask)
         rows = max(1, CHUNK // self.config.vocab_size)
         if len(target) <= rows:
             return self.nll(predicting, target), len(target)
@@ -550,20 +540,19 @@ class CausalLM(nn.Module):
         p = at_least_fp32(self.logits(hidden)).softmax(-1)
         return torch.multinomial(p, 1, generator=generator).squeeze(1)
 
-    def labelled(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
-                 hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def labelled(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+                 ) -> tuple[Tensor, Tensor]:
         """Hidden states (P, d) that predict the P labelled tokens, and those tokens (P,).
 
         attention_mask, of a batch padded on the right, only says what need not be computed.
         """
         keep = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # where the next token is labelled
         target = labels[:, 1:][keep[:, :-1]]
-        if (hidden is None and attention_mask is not None and self.training
+        if (attention_mask is not None and self.training
                 and self.skips_padding(attention_mask)):
             real = attention_mask.bool()
             return self.model.unpadded(input_ids, real)[keep[real]], target
-        x = self.model(input_ids) if hidden is None else self.model.norm(hidden)
-        return x[keep], target
+        return self.model(input_ids)[keep], target
 
     def skips_padding(self, attention_mask: Tensor) -> bool:
         """Whether a batch is trained on without its padding: where that is an eighth or more."""
@@ -724,8 +713,6 @@ class ClassificationHead(nn.Module):
 class Roberta(nn.Module):
     """Classifier of texts and pairs; `model(input_ids, attention_mask=None)` gives scores
     (b, labels). With a single label it predicts a number.
-
-    The same `enter`, `blocks`, `labelled`, `loss` as CausalLM's let farss.sweep run it.
     """
 
     fingerprint: str | None = None  # of the checkpoint whose weights it has
@@ -749,19 +736,15 @@ class Roberta(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.roberta.encoder.layer
 
-    def enter(self, batch: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor | None]]:
-        """Hidden state before the first block, and context, of a batch padded on the right."""
-        return self.roberta.enter(batch["input_ids"], batch["attention_mask"])
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (b, labels) of the first tokens' hidden states (b, d)."""
         return self.classifier(hidden)
 
-    def loss(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
-             hidden: Tensor | None = None) -> tuple[Tensor, int]:
+    def loss(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+             ) -> tuple[Tensor, int]:
         """(summed loss, number of sequences): cross entropy in nats of labels (b,), classes; with
-        a single label the squared error of labels (b,), numbers. `hidden` as in CausalLM.loss."""
-        predicting, target = self.labelled(input_ids, labels, attention_mask, hidden)
+        a single label the squared error of labels (b,), numbers."""
+        predicting, target = self.labelled(input_ids, labels, attention_mask)
         return self.nll(predicting, target), len(target)
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
@@ -779,16 +762,15 @@ class Roberta(nn.Module):
             return torch.normal(scores[:, 0], 0.5**0.5, generator=generator)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
 
-    def labelled(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
-                 hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def labelled(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+                 ) -> tuple[Tensor, Tensor]:
         """Hidden states (b, d) of the first tokens, from which the head predicts, and labels.
 
         ValueError for a batch padded on the left, where the first is padding.
         """
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("an encoder takes batches padded on the right")
-        x = self.roberta(input_ids, attention_mask) if hidden is None else hidden
-        return x[:, 0], labels
+        return self.roberta(input_ids, attention_mask)[:, 0], labels
 
 
 def new_head(config: Config, seed: int) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ from settings import (
     run_main,
     settle,
     training_arguments,
+    usual_form,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -187,6 +188,7 @@ def row_of(job: Job, base: dict) -> dict[str, Any]:
         "train_seconds": round(sum(line["tokens"] / line["tokens_per_s"] for line in log), 1),
         "memory_gb": max(line["memory_gb"] for line in log),
         "commit": results["commit"],
+        "start_form": s.form, "layers_form": usual_form(checkpoint.config_of(s.model)),
     }
 
 
@@ -266,8 +268,9 @@ def check_results(folder: Path, jobs: list[Job]) -> None:
 
 def table(rows: list[dict]) -> list[str]:
     """One line per method and learning rate, mean ± standard deviation over the seeds."""
-    plain = {"method", "lr", "seed", "commit", "task_score", "shallow_rank_asked", "trainable",
-             "shallow_rank_obtained", "last_loss", "init_seconds", "train_seconds", "memory_gb"}
+    plain = {"method", "lr", "seed", "commit", "start_form", "layers_form", "task_score",
+             "shallow_rank_asked", "trainable", "shallow_rank_obtained", "last_loss",
+             "init_seconds", "train_seconds", "memory_gb"}
     columns = [c for c in rows[0] if c not in plain]
     width = {c: max(len(c), 13) + 2 for c in columns}
     lines = [f"{'method':8}{'lr':>8}{'seeds':>7}{'trainable':>11}{'init s':>8}{'train s':>9}"

@@ -86,13 +86,6 @@ def test_loss_and_gradients(twins):
 
 
 @torch.no_grad()
-def test_loss_goes_on_from_hidden_states(twins):
-    whole = twins.ours.loss(**twins.batch)
-    hidden = twins.ours.roberta(twins.batch["input_ids"], twins.batch["attention_mask"])
-    assert twins.ours.loss(**twins.batch, hidden=hidden) == whole
-
-
-@torch.no_grad()
 def test_a_padded_text_is_what_it_is_alone(twins):
     ids, mask = twins.batch["input_ids"], twins.batch["attention_mask"].bool()
     together = twins.ours.roberta(ids, twins.batch["attention_mask"])
