@@ -40,7 +40,7 @@ BENCHMARK = "nq_open"
 def pytest_command(job: Job) -> list[str]:
     """With pytest-xdist several at a time, where the device is a GPU."""
     command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-p", "no:cacheprovider",
-               "-rfE", "--tb=short"]
+               "-rfE", "--tb=short", "--device", job.device]
     if is_cuda(job.device) and find_spec("xdist"):
         command += ["-n", str(min(TOGETHER, os.cpu_count() or 1))]
     return command + (["-k", job.scale.tests] if job.scale.tests else [])
