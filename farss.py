@@ -4,7 +4,7 @@ For every linear layer W (m x n) in the transformer blocks, from a few examples 
 
     Σ_h = E[h hᵀ]                 second moment of the layer's inputs, (n, n)          Eq. 2, 24
     Σ_δ = E[δ δᵀ]                 second moment of its output gradients, (m, m)        Eq. 2, 24
-    I   = Tr(Σ_δ W Σ_h Wᵀ) / mn   Fisher importance: loss increase if W is scaled      Eq. 8
+    I   = Tr(Σ_δ W Σ_h Wᵀ) / mn   Fisher importance of the layer                       Eq. 8
     W   = U Σ Vᵀ                  singular value decomposition                         Eq. 13
     s_i = σ_i² λ_i γ_i            with λ_i = v_iᵀ Σ_h v_i and γ_i = u_iᵀ Σ_δ u_i       Eq. 14, 15
 
@@ -25,9 +25,9 @@ Glossary (name in the code, symbol in the paper, equation)
     R                        R           rank of the deep layers                             16
     scaling                  α/R         one constant for all layers of a run                A.2.1
 
-Any PyTorch model will do whose linear layers stand in numbered blocks (`model.layers.3...`).
-Tensors in, tensors out. Every matrix that the paper names is formed here, one block at a time;
-fast/start.py computes the same sooner, and train.py takes it for models of width 512 or more.
+Any PyTorch model will do whose linear layers stand in one list of blocks (`model.layers.3...`),
+each of which hands its hidden state to the next. Every matrix that the paper names is formed here;
+train.py runs this file for models narrower than 512, and for wider ones fast/, which is sooner.
 """
 
 import math
@@ -46,7 +46,7 @@ IGNORE = -100  # label of a position that carries no loss, as in torch's cross_e
 IN_BLOCK = r"(?:^|\.)\d+\."  # what tells the block in a layer's name: model.layers.3.mlp.up_proj
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each (b, t), padded on the right
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer name: (Σ_h, Σ_δ)
-Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> scalar, whose gradients are the δ
+Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> a sum, whose gradients are the δ
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 @dataclass
 class FactorSums:
     """Sums of h hᵀ and δ δᵀ over the real tokens, by layer, which the hooks of `kfac_hooks` fill.
-    Real is what attention_mask says, or `counted` (b, t) where a batch holds that, too."""
+    A batch's `counted` (b, t) says which are real, and where it has none its attention_mask."""
 
     hh: dict[str, Tensor] = field(default_factory=dict)  # Σ_t h hᵀ (n, n)
     dd: dict[str, Tensor] = field(default_factory=dict)  # Σ_t δ δᵀ (m, m)
@@ -117,7 +117,7 @@ def kfac_hooks(model: nn.Module, names: Iterable[str]) -> Iterator[FactorSums]:
     sums = FactorSums()
     def after_forward(name: str, module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
         sums.add_input(name, args[0])
-        if not y.requires_grad:  # the first layer: the graph of the backward pass begins here
+        if not y.requires_grad:  # nothing before it does: the graph begins here
             y.requires_grad_()
         y.register_hook(lambda delta: sums.add_gradient(name, delta))
 
@@ -135,11 +135,8 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
-    """The negative log-likelihood of the tokens whose label is not IGNORE, summed, a scalar.
-
-    A model of this repository has a `loss`, which forms only the logits that it needs.
-    """
-    if hasattr(model, "loss"):
+    """The negative log-likelihood of the tokens whose label is not IGNORE, summed, a scalar."""
+    if hasattr(model, "loss"):  # a model of this repository: forms only the logits that it needs
         return model.loss(batch["input_ids"], batch["labels"], batch.get("attention_mask"))[0]
     logits, labels = logits_of(model, batch)[:, :-1], batch["labels"][:, 1:]
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(),
@@ -205,11 +202,11 @@ def block_by_block(model: nn.Module, batches: list[Batch], names: list[str],
     As in activation checkpointing, the first forward pass keeps the input of every block, on the
     device `keep_on` (None: where it is), and its backward pass ends at the input of the last block.
     Then each block in turn runs forward again from its kept input, and backward from the gradient
-    that the block above left there. While a block runs, `listen(model, its named layers)` is open;
-    what that gave is yielded afterwards. Raises ValueError if a block runs twice on a batch.
+    that the block above left there: its output must be what the next block takes. While a block
+    runs, `listen(model, its named layers)` is open, as kfac_hooks; what it gave is yielded after.
     """
     depths, blocks = [block_index(name) for name in names], blocks_of(model, names)
-    last, lowest = len(blocks) - 1, min(depths)
+    first, last = min(depths), len(blocks) - 1
     inside = [[n for n, d in zip(names, depths, strict=True) if d == i] for i in range(len(blocks))]
     kept: list[list[Any]] = [[] for _ in blocks]  # [block][batch]: its input and other arguments
     gradients: list[Any] = []  # [batch]: of the loss, at the output of the block that runs next
@@ -220,10 +217,10 @@ def block_by_block(model: nn.Module, batches: list[Batch], names: list[str],
     def keep(i: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x, *rest = args or [kwargs["hidden_states"]]
         kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        x = x.detach().requires_grad_(i == last > lowest)
-        # A key-value cache would remember the block's own keys when it runs again.
-        again = {k: None if hasattr(v, "get_seq_length") else v for k, v in kwargs.items()}
-        if i >= lowest:
+        x = x.detach().requires_grad_(i == last and i > first)
+        if i >= first:
+            # But for a key-value cache, which a block must not see when it runs again.
+            again = {k: None if hasattr(v, "get_seq_length") else v for k, v in kwargs.items()}
             kept[i].append((x if i == last else away(x), x.device, rest, again))
         return (x, *rest), kwargs
 
@@ -235,21 +232,22 @@ def block_by_block(model: nn.Module, batches: list[Batch], names: list[str],
             found.start(batch)
             with torch.enable_grad():
                 loss(model, batch).backward()
-            if any(len(inputs) != b + 1 for inputs in kept[lowest:]):
+            if any(len(inputs) != b + 1 for inputs in kept[first:]):
                 raise ValueError("a block did not run exactly once in a forward pass")
             gradients.append(away(kept[last][b][0].grad))
             kept[last][b] = None
-    if inside[last]:
+    if inside[last]:  # no hook is left, and the model is as it was
         yield found
-    for i in range(last - 1, lowest - 1, -1):
+    for i in range(last - 1, first - 1, -1):
         with listen(model, inside[i]) as found:
             for b, batch in enumerate(batches):
                 found.start(batch)
                 (x, device, rest, kwargs), kept[i][b] = kept[i][b], None
-                x = x.to(device).detach().requires_grad_(i > lowest)
+                x = x.to(device).detach().requires_grad_(i > first)
                 with torch.enable_grad():
                     y = blocks[i](x, *rest, **kwargs)
-                    (y[0] if isinstance(y, tuple) else y).backward(gradients[b].to(device))
+                    y = y[0] if isinstance(y, tuple) else y
+                    y.backward(gradients[b].to(y.device))
                 gradients[b] = away(x.grad)
         if inside[i]:
             yield found
@@ -267,7 +265,7 @@ def factors_by_block(model: nn.Module, batches: list[Batch], names: list[str],
 # ---------------------------------------------------- section 3.2: Fisher importance
 
 def quadratic_form(dW: Tensor, Sigma_h: Tensor, Sigma_delta: Tensor) -> Tensor:
-    """Eq. 6 (twice) and 27-29: Q(ΔW) = vec(ΔW)ᵀ (Σ_h ⊗ Σ_δ) vec(ΔW) = Tr(Σ_δ ΔW Σ_h ΔWᵀ).
+    """Eq. 6 and 27-29: Q(ΔW) = vec(ΔW)ᵀ (Σ_h ⊗ Σ_δ) vec(ΔW) = Tr(Σ_δ ΔW Σ_h ΔWᵀ).
 
     dW (m, n); the loss rises by about Q/2 (Eq. 3, 26). The Kronecker product is never formed.
     """
@@ -318,8 +316,8 @@ def allocate_ranks(I: dict[str, float], r_avg: float, r_min: int,  # noqa: E741
                    r_max: int) -> dict[str, int]:
     """Eq. 9-12: ranks of the shallow layers, small where the Fisher importance I is large.
 
-    As in the paper, what clipping takes from the budget is not given back. Raises ValueError
-    unless 1 <= r_min <= r_avg <= r_max. Official code differs: it lowers r_avg to r_max silently.
+    As in the paper, what clipping takes or adds is not made up for. Raises ValueError unless
+    1 <= r_min <= r_avg <= r_max. Official code differs: it lowers r_avg to r_max silently.
     """
     if not 1 <= r_min <= r_avg <= r_max:
         raise ValueError(f"not 1 <= r_min <= r_avg <= r_max: r_min {r_min}, r_avg {r_avg}, "
@@ -353,12 +351,12 @@ def direction_order(s: Tensor) -> Tensor:
     return torch.sort(s, descending=True, stable=True).indices
 
 
-def select_directions(order: Tensor, r: int, shallow: bool) -> Tensor:
+def select_directions(order: Tensor, r: int, lowest: bool) -> Tensor:
     """Eq. 16 / 17: the first r of the order in a deep layer, the last r in a shallow one.
 
     Official code differs: r < 128 decides, so that at R = 32 deep layers get the lowest, too.
     """
-    return order[len(order) - r :] if shallow else order[:r]
+    return order[len(order) - r :] if lowest else order[:r]
 
 
 def adapter_from_directions(U: Tensor, S: Tensor, Vh: Tensor, index: Tensor,
@@ -377,7 +375,7 @@ def adapter_from_directions(U: Tensor, S: Tensor, Vh: Tensor, index: Tensor,
 @dataclass(frozen=True)
 class Budget:
     """Which rank a layer gets: blocks 0 .. shallow-1 share Eq. 10's budget, all others get R."""
-    shallow: int  # |E|, in blocks
+    shallow: int  # so many blocks; the |E| of Eq. 10 are all their layers
     R: int
     r_avg: float
     r_min: int
@@ -386,8 +384,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         allocate_ranks({}, self.r_avg, self.r_min, self.r_max)
-        if self.R < 1:
-            raise ValueError(f"R must be at least 1, not {self.R}")
+        if self.R < 1 or self.end not in ("depth", "low", "high"):
+            raise ValueError(f"R must be >= 1, and end depth, low or high: {self.R}, {self.end}")
 
     def is_shallow(self, name: str) -> bool:
         return block_index(name) < self.shallow
@@ -472,7 +470,7 @@ def measure(model: nn.Module, batches: list[Batch], names: list[str], budget: Bu
 
 def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: float = 1.0
                    ) -> dict[str, Adapter]:
-    """Second step: ranks by Eq. 9-12, adapters by Eq. 16-17; a rank is at most min(m, n)."""
+    """Second step, with the same budget: ranks by Eq. 9-12, adapters by Eq. 16-17."""
     I = {n: x.importance for n, x in measured.items() if x.importance is not None}  # noqa: E741
     r_raw = raw_ranks(I, budget.r_avg)
     ranks = allocate_ranks(I, budget.r_avg, budget.r_min, budget.r_max)
@@ -489,7 +487,8 @@ def build_adapters(measured: dict[str, Measurement], budget: Budget, scaling: fl
 def initialise(model: nn.Module, batches: list[Batch], budget: Budget,
                names: list[str] | None = None, scaling: float = 1.0, loss: Loss = summed_loss
                ) -> dict[str, Adapter]:
-    """Both steps: {layer: its Adapter}; names None: all linear layers of the blocks."""
+    """Both steps: {layer: its Adapter}; names None: all linear layers of the blocks. The model is
+    not changed: whoever attaches an adapter subtracts scaling · B A from W."""
     names = linear_layers(model) if names is None else names
     return build_adapters(measure(model, batches, names, budget, loss), budget, scaling)
 

@@ -499,19 +499,19 @@ def test_eq15_directions_no_token_has_seen_are_the_lowest():
     s = farss.direction_scores(S, *farss.lam_gam(U, Vh, Sigma_h, torch.eye(4).double()))
     order = farss.direction_order(s)
     assert order.tolist() == [2, 0, 1, 3]
-    assert farss.select_directions(order, 2, shallow=True).tolist() == [1, 3]
+    assert farss.select_directions(order, 2, lowest=True).tolist() == [1, 3]
 
 
 def test_eq16_and_17_choose_opposite_ends():
     order = torch.tensor([4, 2, 0, 1, 3])
-    assert farss.select_directions(order, 2, shallow=False).tolist() == [4, 2]
-    assert farss.select_directions(order, 2, shallow=True).tolist() == [1, 3]
+    assert farss.select_directions(order, 2, lowest=False).tolist() == [4, 2]
+    assert farss.select_directions(order, 2, lowest=True).tolist() == [1, 3]
     for r in (0, 5):
         for shallow in (False, True):
             assert farss.select_directions(order, r, shallow).tolist() == order[:r].tolist()
     # by depth, not by the size of the rank: the official r < 128 would mix these up
-    assert farss.select_directions(torch.arange(300), 32, shallow=False).tolist() == [*range(32)]
-    assert farss.select_directions(torch.arange(300), 200, shallow=True)[0] == 100
+    assert farss.select_directions(torch.arange(300), 32, lowest=False).tolist() == [*range(32)]
+    assert farss.select_directions(torch.arange(300), 200, lowest=True)[0] == 100
 
 
 CASES = [(m, n, r) for m, n in SHAPES for r in {1, (min(m, n) + 1) // 2, min(m, n)}]
