@@ -51,13 +51,26 @@ def test_plain_leaves_the_function_as_it_was(end):
         torch.testing.assert_close(model(batches[1]["input_ids"]), before, rtol=0, atol=1e-10)
 
 
-def test_without_fast_a_run_on_the_microcosm_is_the_same(tmp_path):
-    """In a copy of the repository whose fast/ is deleted, the start of FARSS comes out to the bit
-    as it does here, and trains."""
-    copy = tmp_path / "copy"
-    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".*", "runs", "tests", "notebooks"))
-    shutil.rmtree(copy / "fast")
-    adapters = []
+@pytest.fixture(scope="module")
+def without_fast(tmp_path_factory):
+    """A copy of the repository whose fast/ is deleted."""
+    copy = tmp_path_factory.mktemp("without") / "copy"
+    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".*", "runs", "fast", "notebooks"))
+    assert not (copy / "fast").exists()
+    return copy
+
+
+def test_without_fast_the_equations_hold(without_fast):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_equations.py",
+         "tests/test_plain.py::test_plain_leaves_the_function_as_it_was"], cwd=without_fast,
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_without_fast_a_run_on_the_microcosm_is_the_same(without_fast, tmp_path):
+    """The start of FARSS comes out to the bit as it does here, and trains and is scored alike."""
+    copy, adapters, answers = without_fast, [], []
     for root in (copy, REPO):
         out = tmp_path / f"run{len(adapters)}"
         done = subprocess.run(
@@ -66,7 +79,11 @@ def test_without_fast_a_run_on_the_microcosm_is_the_same(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "start by farss.py" in done.stdout
         adapters.append((out / "adapter.safetensors").read_bytes())
-    assert adapters[0] == adapters[1]
+        done = subprocess.run([sys.executable, root / "eval.py", out], cwd=root,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        answers.append([file.read_bytes() for file in sorted((out / "eval").iterdir())])
+    assert adapters[0] == adapters[1] and answers[0] == answers[1]
 
 
 # Runs a command of the repository, and writes which functions of farss.py it called.
