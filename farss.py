@@ -221,7 +221,8 @@ def block_by_block(model: nn.Module, batches: list[Batch], names: list[str],
         if i >= first:
             # But for a key-value cache, which a block must not see when it runs again.
             again = {k: None if hasattr(v, "get_seq_length") else v for k, v in kwargs.items()}
-            kept[i].append((x if i == last else away(x), x.device, rest, again))
+            others = [None if hasattr(v, "get_seq_length") else v for v in rest]
+            kept[i].append((x if i == last else away(x), x.device, others, again))
         return (x, *rest), kwargs
 
     with listen(model, inside[last]) as found, ExitStack() as hooks:

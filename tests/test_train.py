@@ -16,7 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_roberta, write_checkpoint, write_data
+from tiny import (
+    retained,
+    tiny_batch,
+    tiny_llama,
+    tiny_roberta,
+    write_checkpoint,
+    write_data,
+)
 
 import checkpoint as C
 import data
@@ -254,6 +261,23 @@ def test_a_variant_differs_from_farss_in_exactly_what_it_says(method, ranks, low
         torch.testing.assert_close(layers[name].B @ layers[name].A, U[:, at] * S_[at] @ Vh[at],
                                    rtol=1e-3, atol=1e-4)
     assert len({x["r"] for n, x in plain.items() if farss.block_index(n) < 2}) > 1
+
+
+def test_what_the_first_tokens_have_of_sigma_h():
+    """Counted while the loss runs, beside every h of unpadded sequences; the loss is what it
+    was, and no hook is left."""
+    model, rows = tiny_llama(1, torch.float64), [(5, 6), (3, 9), (7, 2)]
+    batch, names, found = tiny_batch(rows), settings().layers(model), {}
+    counting = train.counting_first_tokens(farss.summed_loss, names, found)
+    for part in ([0, 2], [1]):
+        some = {key: value[part] for key, value in batch.items()}
+        assert counting(model, some) == farss.summed_loss(model, some)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    texts = [{k: v[[i], : sum(rows[i])] for k, v in batch.items()} for i in range(3)]
+    for name, (h, _) in retained(tiny_llama(1, torch.float64), texts, names).items():
+        first, every = found[name]
+        torch.testing.assert_close(first, sum(x[0].pow(2).sum() for x in h))
+        torch.testing.assert_close(every, sum(x.pow(2).sum() for x in h))
 
 
 def test_equal_bounds_fix_the_shallow_ranks():
