@@ -573,6 +573,7 @@ def test_so_many_blocks_take_one_forward_pass(kind, at_once):
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *_, i=i: add(i))
     groups = list(in_groups(model, batches, names, at_once=at_once))
+    assert [n for found in groups for n in found] == list(whole)  # each once
     assert len(groups) == passes and count == [passes * len(batches)] * len(model.blocks)
     for found in groups:
         for name, x in found.items():
