@@ -384,9 +384,8 @@ def living(size):
                 if issubclass(type(t), torch.Tensor) and t.numel() >= size})
 
 
-@pytest.mark.parametrize("at", [1, 7, 12, 20, 30])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_exception_anywhere_leaves_the_model_as_it_was(at, error):
+def model_after_an_error(measure, at, error):
+    """A model with which `measure` has failed in its `at`-th call of a layer, found as it was."""
     model, count = tiny_llama(num_hidden_layers=3).train(), [0]
     names = M.linear_names(model, SEVEN)
     for i, parameter in enumerate(model.parameters()):
@@ -399,12 +398,19 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(at, error):
 
     before = state(model)
     handles = [model.get_submodule(n).register_forward_pre_hook(strike) for n in names[::2]]
-    budget = farss.Budget(**SETTINGS)
     with pytest.raises(error):
-        farss.measure(model, two_batches(), names, budget)
+        measure(model, two_batches(), names, farss.Budget(**SETTINGS))
     for handle in handles:
         handle.remove()
     assert state(model) == before
+    return model
+
+
+@pytest.mark.parametrize("at", [1, 7, 12, 20, 30])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_exception_anywhere_leaves_the_model_as_it_was(at, error):
+    model, budget = model_after_an_error(farss.measure, at, error), farss.Budget(**SETTINGS)
+    names = M.linear_names(model, SEVEN)
     after = farss.measure(model, two_batches(), names, budget)
     for name, x in farss.measure(tiny_llama(num_hidden_layers=3), two_batches(), names,
                                  budget).items():

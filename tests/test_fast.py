@@ -6,7 +6,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_farss import ROWS, SETTINGS, listen, living, llama64, rows_of, two_batches
+from test_farss import (
+    ROWS,
+    SETTINGS,
+    listen,
+    living,
+    llama64,
+    model_after_an_error,
+    rows_of,
+    two_batches,
+)
 from tiny import GEMMA2, MISTRAL, tiny_batch, tiny_llama
 
 import farss
@@ -270,29 +279,8 @@ def test_nothing_of_a_block_survives_its_turn():
 
 @pytest.mark.parametrize("at", [1, 7, 12, 20])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_exception_anywhere_leaves_the_model_as_it_was(at, error):
-    model, count = tiny_llama(num_hidden_layers=3).train(), [0]
-    names = M.linear_names(model, SEVEN)
-    for i, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(i % 2 == 0)
-
-    def strike(*_):
-        count[0] += 1
-        if count[0] == at:
-            raise error
-
-    def state():
-        return ([n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks],
-                [p.requires_grad for p in model.parameters()], [m.training for m in
-                                                                 model.modules()])
-
-    before = state()
-    handles = [model.get_submodule(n).register_forward_pre_hook(strike) for n in names[::2]]
-    with pytest.raises(error):
-        measure(model, two_batches(), names, farss.Budget(**SETTINGS))
-    for handle in handles:
-        handle.remove()
-    assert state() == before
+def test_an_exception_anywhere_leaves_the_model_as_it_was_here_too(at, error):
+    model_after_an_error(measure, at, error)
 
 
 def test_what_cannot_be_measured_is_refused():
