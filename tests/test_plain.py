@@ -218,8 +218,10 @@ def test_one_block_of_falling_spectrum(device, size, shallow):
         # Eq. 14 and 15, of neighbours together: those whose σ is all but the same may be turned
         bins = [x.s.double().unfold(0, 8, 8).sum(1) for x in (mine, theirs)]
         torch.testing.assert_close(*bins, rtol=5e-2, atol=1e-6 * theirs.s.max().item())
-        # Eq. 16 and 17: nearly all the same; and of near equals others, which score as much
-        assert len(set(mine.index.tolist()) & set(theirs.index.tolist())) > 0.8 * len(mine.index)
+        # Eq. 16: nearly all the same. Eq. 17: of the lowest, whose σ are near equals, others may be
+        # taken; in either case they score as much
+        same = len(set(mine.index.tolist()) & set(theirs.index.tolist()))
+        assert shallow or same > 0.8 * len(mine.index)
         chosen = [theirs.s[x.index].sum().item() for x in (mine, theirs)]
         assert chosen[0] == pytest.approx(chosen[1], rel=0.1)
     starts = [farss.build_adapters(x, budget) for x in (plain, fast)]
