@@ -134,6 +134,9 @@ ENCODER_TARGETS = {
     "six": ("query", "key", "value", "attention.output.dense", "intermediate.dense",
             "output.dense"),
     "four": ("query", "value", "attention.output.dense", "intermediate.dense")}
+# Linear layers that read the same tensor: by last part of the name, a name for what it reads.
+READS = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp",
+             up_proj="mlp", query="attention", key="attention", value="attention")
 
 DECODER_NEEDLESS = {r".*rotary_emb\.inv_freq": "the model computes it"}
 ENCODER_NEEDLESS = {r"roberta\.embeddings\.position_ids": "the model computes it",

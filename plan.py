@@ -27,6 +27,7 @@ from model import (
     DECODER_TARGETS,
     ENCODER_TARGETS,
     FAMILIES,
+    READS,
     WIDE,
     Config,
     empty,
@@ -51,9 +52,6 @@ from settings import (
 # Of a calibration's batch: sequences, and tokens unless one sequence has more. Constants, so that
 # no number depends on the free memory; more tokens at a time would be no faster.
 CALIBRATION_BATCH, CALIBRATION_TOKENS = 8, 512
-# Linear layers that read the same tensor share one Σ_h: by layer, a name for what it reads.
-READS = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp",
-             up_proj="mlp", query="attention", key="attention", value="attention")
 Shapes = dict[str, tuple[int, int]]  # layer: (m, n)
 
 

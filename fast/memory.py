@@ -3,14 +3,12 @@
 from dataclasses import replace
 
 from farss import Budget
+from model import READS
 
 from .decompositions import SMALL
 from .start import sums_first
 from .sums import size_of_stripes
 
-# Layers that read the same tensor share whole sums of it: by last part of the name, what it reads.
-READS = dict(q_proj="attention", k_proj="attention", v_proj="attention", gate_proj="mlp",
-             up_proj="mlp", query="attention", key="attention", value="attention")
 Shapes = dict[str, tuple[int, int]]  # layer: (m, n)
 
 
